@@ -1,0 +1,1 @@
+"""PyTorch originals: one file per family, found by listing this directory."""

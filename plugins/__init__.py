@@ -1,0 +1,1 @@
+"""The generic TensorRT plugin that runs any op's compiled kernel."""
