@@ -1,1 +1,30 @@
-"""PyTorch model to ONNX file."""
+"""PyTorch model to ONNX file: trace, translate, passes, precision, lower, check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from edgeattn.export.lower import link_bodies
+from edgeattn.export.trace import Shapes, deploy, trace
+from edgeattn.export.translate import translate
+
+
+def compile_module(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    outputs: Sequence[str] = ("output",),
+    shapes: Shapes | None = None,
+    align: int = 1,
+) -> ir.Model:
+    """Return the portable float32 graph of `module`, bodies linked, without writing anything.
+
+    `inputs` are example tensors in the order of `forward`; a `Dim` in `shapes` stays dynamic; `align` is the multiple to
+    which the deploy form pads split channels.
+    """
+    model = translate(trace(deploy(module, align), inputs, shapes), list(inputs), outputs)
+    return link_bodies(model)

@@ -1,0 +1,119 @@
+"""Second stage: the captured program as an ONNX graph, one node of the edgeattn domain per op."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx import TypeProto, defs
+from onnxscript.values import Opset
+
+from edgeattn import signature
+from edgeattn.errors import EdgeAttnError, UnsupportedError
+from edgeattn.export.trace import first_line, quiet
+from edgeattn.op import DOMAIN, OPS, Op
+
+OPSET = 20
+IR_VERSION = 10
+_ONNX_TYPES = {"T": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}
+_ELEM_TYPES = {"float32": 1, "int32": 6}
+_ATTRIBUTE_TYPES = {"int": defs.OpSchema.AttrType.INT, "float": defs.OpSchema.AttrType.FLOAT, "ints": defs.OpSchema.AttrType.INTS}
+# Stack traces name files of this machine; the FX text repeats the graph.
+_DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
+
+
+def translate(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """Return the ONNX graph of `program` at opset 20. Raises EA0401 naming the operator that has no translation."""
+    try:
+        with quiet(), torch.no_grad():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                custom_translation_table=translation_table(),
+            )
+    except EdgeAttnError:
+        raise
+    except Exception as error:
+        raise UnsupportedError("EA0401", f"no lowering: {first_line(error)}", hints=["list them: edgeattn ops check MODEL"]) from error
+    assert exported is not None
+    model: ir.Model = exported.model
+    model.ir_version = IR_VERSION
+    model.opset_imports[DOMAIN] = 1
+    for node in model.graph.all_nodes():
+        for key in _DROPPED_METADATA:
+            node.metadata_props.pop(key, None)
+    return model
+
+
+@functools.cache
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Return the exporter's table for all ops, registering each ONNX schema on the first call."""
+    return {getattr(getattr(torch.ops, DOMAIN), op.name).default: _translation(op) for op in OPS}
+
+
+def _translation(op: Op) -> Callable[..., Any]:
+    register_schema(op)
+    node = getattr(Opset(DOMAIN, 1), op.onnx_name)
+    count = len(op.signature.inputs)
+
+    def to_node(*arguments: Any) -> Any:
+        attributes = dict(zip(op.signature.attributes, arguments[count:], strict=True))
+        return node(*arguments[:count], **attributes)
+
+    return to_node
+
+
+def register_schema(op: Op) -> None:
+    """Register the ONNX schema of `op`, with shape inference, once per process."""
+    if defs.has(op.onnx_name, 1, DOMAIN):
+        return
+    formal = defs.OpSchema.FormalParameter
+    schema = defs.OpSchema(
+        op.onnx_name,
+        DOMAIN,
+        1,
+        op.doc,
+        inputs=[formal(tensor.name, _ONNX_TYPES[tensor.dtype]) for tensor in op.signature.inputs],
+        outputs=[formal(tensor.name, _ONNX_TYPES[tensor.dtype]) for tensor in op.signature.outputs],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations")],
+        attributes=[
+            defs.OpSchema.Attribute(name, _ATTRIBUTE_TYPES[kind], "", required=True)
+            for name, kind in op.signature.attributes.items()
+        ],
+    )
+    schema.set_type_and_shape_inference_function(functools.partial(_infer, op))
+    defs.register_schema(schema)
+
+
+def _infer(op: Op, context: Any) -> None:
+    """Set type and shape of every output from the signature; an unknown size stays unknown."""
+    types = [context.get_input_type(position) for position in range(len(op.signature.inputs))]
+    sizes: dict[str, int | str | None] = {}
+    for tensor, kind in zip(op.signature.inputs, types, strict=True):
+        for dim, size in zip(tensor.dims, kind.tensor_type.shape.dim, strict=False):
+            value = size.dim_value if size.HasField("dim_value") else size.dim_param or None
+            sizes[dim] = value if not isinstance(sizes.get(dim), int) else sizes[dim]
+    for position, output in enumerate(op.signature.outputs):
+        context.set_output_type(position, _output_type(op, output, types, sizes))
+
+
+def _output_type(op: Op, output: signature.Tensor, types: Sequence[Any], sizes: Mapping[str, int | str | None]) -> TypeProto:
+    result = TypeProto()
+    typed = next((kind for tensor, kind in zip(op.signature.inputs, types, strict=True) if tensor.dtype == "T"), None)
+    own = typed.tensor_type.elem_type if typed is not None else _ELEM_TYPES["float32"]
+    result.tensor_type.elem_type = _ELEM_TYPES.get(output.dtype, own)
+    for text in output.dims:
+        size = signature.symbolic(text, sizes)
+        dim = result.tensor_type.shape.dim.add()
+        if isinstance(size, int):
+            dim.dim_value = size
+        elif size is not None:
+            dim.dim_param = size
+    return result
