@@ -1,8 +1,8 @@
 """Op: one declaration per operator, from which every other form is derived.
 
-A file in `kernels/` states the signature, the PyTorch reference, the ONNX body, the Triton kernel and the cases. From it
-come the torch custom op with its fake and its gradient, the ONNX schema with shape inference, the translation to one
-node, the function body linked into the exported file, the tests, and the line in `edgeattn ops list`.
+A file in `kernels/` states the signature, the PyTorch reference, the ONNX body, the Triton kernel and the cases.
+From it come the torch custom op with its fake and its gradient, the ONNX schema with shape inference, the translation
+to one node, the function body linked into the exported file, the tests, and the line in `edgeattn ops list`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class Op:
         """Run the op: one tensor, or a tuple in the order of the signature. Raises EA0110 for a wrong argument."""
         missing = self.signature.attributes.keys() ^ attributes.keys()
         if missing:
-            raise UsageError("EA0110", f"{self.name}: attributes are {list(self.signature.attributes)}; check {sorted(missing)}")
+            raise UsageError(
+                "EA0110", f"{self.name}: attributes are {list(self.signature.attributes)}; check {sorted(missing)}"
+            )
         if _plain.get():
             return self._checked_reference(*tensors, **attributes)
         return self._torch(*tensors, **attributes)
@@ -127,7 +129,9 @@ class Op:
             raise ValueError(f"{self.name}: no ONNX body")
         return "\n".join(line.strip() for line in self._body(dims, attributes, dtype).strip().splitlines())
 
-    def function(self, dims: Mapping[str, int | None], attributes: Mapping[str, Any], dtype: str, opset: int) -> tuple[str, str]:
+    def function(
+        self, dims: Mapping[str, int | None], attributes: Mapping[str, Any], dtype: str, opset: int
+    ) -> tuple[str, str]:
         """Return (name, text) of the ONNX function: the name carries a key of the body, so distinct bodies differ."""
         body = self.body(dims, attributes, dtype)
         name = f"{self.onnx_name}_{hashlib.sha256(body.encode()).hexdigest()[:8]}"

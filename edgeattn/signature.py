@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,5 +103,3 @@ def _dims(text: str) -> list[str]:
     """Split the bracketed dims at spaces outside parentheses: `b 4*c cdiv(h, 2)`."""
     inner = text[text.index("[") + 1 : text.rindex("]")]
     return re.findall(r"(?:[^\s()]|\([^()]*\))+", inner)
-
-

@@ -12,9 +12,10 @@ from edgeattn.registry import near
 class Target:
     """What the compiler must know about a board.
 
-    `sm` is the device's compute capability times ten, `kernel_sm` the one its kernels are compiled for, `ptx` the newest
-    PTX ISA its driver takes (times ten), `tensorrt` the lowest and highest TensorRT release, `memory_gib` and `bandwidth`
-    (GB/s) those of the smallest module, `channel_align` the multiple to which split channels are padded in the deploy form.
+    `sm` is the device's compute capability times ten, `kernel_sm` the one its kernels are compiled for, `ptx` the
+    newest PTX ISA its driver takes (times ten), `tensorrt` the lowest and highest TensorRT release, `memory_gib` and
+    `bandwidth` (GB/s) those of the smallest module, `channel_align` the multiple to which the deploy form pads split
+    channels.
     """
 
     name: str
@@ -50,5 +51,6 @@ TARGETS = {target.name: target for target in _ROWS}
 def get_target(name: str) -> Target:
     """Return the target called `name`, or raise EA0102 with the nearest names."""
     if name not in TARGETS:
-        raise UsageError("EA0102", f"{name}: no such target{near(name, list(TARGETS)) or '; known: ' + ', '.join(TARGETS)}")
+        hint = near(name, list(TARGETS)) or f"; known: {', '.join(TARGETS)}"
+        raise UsageError("EA0102", f"{name}: no such target{hint}")
     return TARGETS[name]

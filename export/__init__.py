@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edgeattn.export.lower import link_bodies
+from edgeattn.export.passes import run_passes
 from edgeattn.export.trace import Shapes, deploy, trace
 from edgeattn.export.translate import translate
 
@@ -23,8 +24,9 @@ def compile_module(
 ) -> ir.Model:
     """Return the portable float32 graph of `module`, bodies linked, without writing anything.
 
-    `inputs` are example tensors in the order of `forward`; a `Dim` in `shapes` stays dynamic; `align` is the multiple to
-    which the deploy form pads split channels.
+    `inputs` are example tensors in the order of `forward`; a `Dim` in `shapes` stays dynamic; `align` is the multiple
+    to which the deploy form pads split channels.
     """
-    model = translate(trace(deploy(module, align), inputs, shapes), list(inputs), outputs)
+    model = translate(trace(deploy(module, align), inputs, shapes), list(inputs), outputs, shapes)
+    run_passes(model)
     return link_bodies(model)

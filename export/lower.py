@@ -1,4 +1,4 @@
-"""Linking: every node of the edgeattn domain gets the function body for its sizes, so that any ONNX Runtime runs the file."""
+"""Linking: every edgeattn node gets the function body for its sizes, so that any ONNX Runtime runs the file."""
 
 from __future__ import annotations
 

@@ -29,28 +29,31 @@ Shapes = Mapping[str, Sequence["int | Dim"]]
 
 
 def deploy(module: nn.Module, align: int = 1) -> nn.Module:
-    """Return the inference form of `module`: its own exact `deploy(align)` where it has one, else a copy in eval mode."""
+    """Return the inference form of `module`: its own `deploy(align)` where it has one, else a copy in eval mode."""
     form = getattr(module, "deploy", None)
     deployed: nn.Module = form(align) if callable(form) else copy.deepcopy(module)
     return deployed.eval()
 
 
-def trace(module: nn.Module, inputs: Mapping[str, torch.Tensor], shapes: Shapes | None = None) -> torch.export.ExportedProgram:
+def trace(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], shapes: Shapes | None = None
+) -> torch.export.ExportedProgram:
     """Capture `module` called with `inputs` in this order; a `Dim` in `shapes` stays dynamic.
 
-    Example inputs must have size 2 or more in every dynamic dimension. Raises EA0301 when the module cannot be captured.
+    Example inputs must have size 2 or more in every dynamic dimension. Raises EA0301 when capture fails.
     """
-    dynamic = tuple(_dynamic(shapes[name]) for name in inputs) if shapes else None
+    dims = tuple(_dynamic(shapes[name]) for name in inputs) if shapes else ()
+    dynamic = dims if any(dims) else None
     try:
         with quiet(), torch.no_grad():
-            return torch.export.export(module, tuple(inputs.values()), dynamic_shapes=_arguments(module, dynamic))
+            return torch.export.export(module, tuple(inputs.values()), dynamic_shapes=dynamic)
     except EdgeAttnError:
         raise
     except Exception as error:
         raise UnsupportedError(
             "EA0301",
             f"{type(module).__name__}: cannot be captured: {first_line(error)}",
-            hints=["run with --debug for the full trace", "keep sizes fixed: leave out --dim"] if dynamic else ["run with --debug"],
+            hints=["run with --debug for the full trace", *(["keep sizes fixed: leave out --dim"] if dynamic else [])],
         ) from error
 
 
@@ -82,8 +85,3 @@ def _dynamic(shape: Sequence[int | Dim]) -> dict[int, torch.export.Dim]:
         for axis, dim in enumerate(shape)
         if isinstance(dim, Dim)
     }
-
-
-def _arguments(module: nn.Module, dynamic: Sequence[Mapping[int, torch.export.Dim]] | None) -> object:
-    """Return dynamic shapes in the form torch.export wants, or None when every size is fixed."""
-    return tuple(dynamic) if dynamic and any(dynamic) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,20 +14,33 @@ from onnxscript.values import Opset
 
 from edgeattn import signature
 from edgeattn.errors import EdgeAttnError, UnsupportedError
-from edgeattn.export.trace import first_line, quiet
+from edgeattn.export.trace import Dim, Shapes, first_line, quiet
 from edgeattn.op import DOMAIN, OPS, Op
 
 OPSET = 20
 IR_VERSION = 10
 _ONNX_TYPES = {"T": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}
 _ELEM_TYPES = {"float32": 1, "int32": 6}
-_ATTRIBUTE_TYPES = {"int": defs.OpSchema.AttrType.INT, "float": defs.OpSchema.AttrType.FLOAT, "ints": defs.OpSchema.AttrType.INTS}
+_ATTRIBUTE_TYPES = {
+    "int": defs.OpSchema.AttrType.INT,
+    "float": defs.OpSchema.AttrType.FLOAT,
+    "ints": defs.OpSchema.AttrType.INTS,
+}
 # Stack traces name files of this machine; the FX text repeats the graph.
 _DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
 
-def translate(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
-    """Return the ONNX graph of `program` at opset 20. Raises EA0401 naming the operator that has no translation."""
+def translate(
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    shapes: Shapes | None = None,
+) -> ir.Model:
+    """Return the ONNX graph of `program` at opset 20, its dynamic sizes named as in `shapes`.
+
+    Raises EA0401 naming the operator that has no translation.
+    """
+    table = translation_table()
     try:
         with quiet(), torch.no_grad():
             exported = torch.onnx.export(
@@ -36,20 +50,45 @@ def translate(program: torch.export.ExportedProgram, inputs: Sequence[str], outp
                 verbose=False,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                custom_translation_table=translation_table(),
+                custom_translation_table=table,
             )
     except EdgeAttnError:
         raise
     except Exception as error:
-        raise UnsupportedError("EA0401", f"no lowering: {first_line(error)}", hints=["list them: edgeattn ops check MODEL"]) from error
+        raise UnsupportedError(
+            "EA0401", f"no lowering: {first_line(error)}", hints=["list them: edgeattn ops check MODEL"]
+        ) from error
     assert exported is not None
     model: ir.Model = exported.model
     model.ir_version = IR_VERSION
     model.opset_imports[DOMAIN] = 1
+    _name_sizes(model, shapes or {})
     for node in model.graph.all_nodes():
         for key in _DROPPED_METADATA:
             node.metadata_props.pop(key, None)
     return model
+
+
+def _name_sizes(model: ir.Model, shapes: Shapes) -> None:
+    """Replace torch's symbols (s77) by the names the user gave, in every shape of the graph."""
+    names = {}
+    for value in model.graph.inputs:
+        for size, dim in zip(value.shape or (), shapes.get(value.name or "", ()), strict=False):
+            if isinstance(size, ir.SymbolicDim) and isinstance(dim, Dim):
+                names[str(size.value)] = dim.name
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    node_values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in [*model.graph.inputs, *node_values]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_rename(size, symbol, names) for size in value.shape])
+
+
+def _rename(size: int | ir.SymbolicDim, symbol: re.Pattern[str], names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return symbol.sub(lambda match: names[match[0]], size.value)
 
 
 @functools.cache
@@ -104,7 +143,9 @@ def _infer(op: Op, context: Any) -> None:
         context.set_output_type(position, _output_type(op, output, types, sizes))
 
 
-def _output_type(op: Op, output: signature.Tensor, types: Sequence[Any], sizes: Mapping[str, int | str | None]) -> TypeProto:
+def _output_type(
+    op: Op, output: signature.Tensor, types: Sequence[Any], sizes: Mapping[str, int | str | None]
+) -> TypeProto:
     result = TypeProto()
     typed = next((kind for tensor, kind in zip(op.signature.inputs, types, strict=True) if tensor.dtype == "T"), None)
     own = typed.tensor_type.elem_type if typed is not None else _ELEM_TYPES["float32"]
