@@ -114,7 +114,12 @@ class Comparison:
             "worst_sample": self.worst_sample,
             "worst_index": self.worst_index,
             "worst_top5": {"reference": self.worst_top5[0], "found": self.worst_top5[1]},
-            "histogram": {"log10_low": LOG_LOW, "log10_step": LOG_STEP, "exact": self.exact, "counts": self.histogram.tolist()},
+            "histogram": {
+                "log10_low": LOG_LOW,
+                "log10_step": LOG_STEP,
+                "exact": self.exact,
+                "counts": self.histogram.tolist(),
+            },
         }
 
     def _mismatch(self, reference: NDArray[Any], found: NDArray[Any]) -> str:
@@ -128,7 +133,9 @@ class Comparison:
         if len(self.problems) < _PROBLEMS_KEPT:
             self.problems.append(problem)
 
-    def _accumulate(self, expected: NDArray[np.float64], actual: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    def _accumulate(
+        self, expected: NDArray[np.float64], actual: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], float]:
         difference = np.abs(actual - expected)
         squares = np.array([(difference**2).sum(), (expected**2).sum(), (actual**2).sum(), (expected * actual).sum()])
         self._sums += squares

@@ -159,7 +159,9 @@ def ratio(baseline: Timing, timing: Timing, *, seed: int = 0) -> dict[str, Any]:
     The figure is the median over rounds of the ratio of the two medians of that round. Rounds are resampled, not single
     calls: neighbouring calls share their disturbance, so they are not independent.
     """
-    logs = np.array([math.log(np.median(a) / np.median(b)) for a, b in zip(baseline.rounds, timing.rounds, strict=True)])
+    logs = np.array(
+        [math.log(np.median(a) / np.median(b)) for a, b in zip(baseline.rounds, timing.rounds, strict=True)]
+    )
     record = {"to": baseline.name, "value": math.exp(float(np.median(logs))), "low": None, "high": None, "level": LEVEL}
     if len(logs) < FEWEST_ROUNDS:
         return record

@@ -1,7 +1,7 @@
 """Precision: a float32 graph becomes strongly typed float16, with the sensitive operators kept in float32.
 
 Every node is either *low* or float32. On each edge where the need differs one Cast is inserted, shared by all users of
-the value. Graph inputs and outputs keep float32 and their names, so that the caller sees one interface at every precision.
+the value. Graph inputs and outputs keep float32 and their names: the caller sees one interface at every precision.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def to_float16(model: ir.Model, keep: Sequence[str] = (), plan: Mapping[str, str
     """
     choices = [_choose(node, keep, plan or {}) for node in model.graph if _is_floating(node)]
     low = {choice.node for choice in choices if choice.dtype == "float16"}
-    ops = {node: op for node, op in edge_nodes(model)}
+    ops = dict(edge_nodes(model))
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     constants: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
