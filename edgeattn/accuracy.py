@@ -46,8 +46,8 @@ def band(precision: str, reference_error: float | None = None) -> Band:
 class Comparison:
     """Running metrics of the output `name`: feed `update` one sample at a time, read `metrics` at any time.
 
-    Memory stays constant but for one float per sample. Elements that are not finite count as NaN or Inf and are left out
-    of the sums; a wrong shape or dtype is a problem. Both fail whatever the other figures say.
+    Memory stays constant but for one float per sample. Elements that are not finite count as NaN or Inf and are left
+    out of the sums; a wrong shape or dtype is a problem. Both fail whatever the other figures say.
     """
 
     name: str

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -87,7 +88,7 @@ class Bundle:
         return self.file("labels.txt").read_text(encoding="utf-8").splitlines()
 
     def file(self, relative: str) -> Path:
-        """Return the path of a file in the bundle. Raises EA0905 when it would lie outside, EA0903 when it is absent."""
+        """Return the path of a file in the bundle. Raises EA0905 when it lies outside, EA0903 when it is absent."""
         root = self.path.resolve()
         resolved = (root / relative).resolve()
         if not resolved.is_relative_to(root) or resolved == root:
@@ -170,7 +171,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `manifest.json` of the finished `folder`, adding the schema and the hash of every file: same input, same bytes."""
+    """Write `manifest.json` of the finished `folder` with the schema and every file's hash: same input, same bytes."""
     complete = {**manifest, "schema": SCHEMA, "files": hash_files(folder)}
     complete.setdefault("engines", [])
     absent = [key for key in _KEYS if key not in complete]
@@ -245,11 +246,19 @@ def _environment(error: BaseException, final: Path, folder: Path) -> MissingErro
         if number in _FULL or "os error 28" in str(cause) or "No space left on device" in str(cause):
             why = f"{shutil.disk_usage(final.parent).free / 2**20:.0f} MiB free"
             return MissingError("EA0203", f"{final}: disk full while writing; nothing was kept", why=f"{cause} ({why})")
-        if isinstance(cause, OSError) and (number in _DENIED or str(cause.filename or "").startswith(str(folder))):
+        if isinstance(cause, OSError) and _concerns(cause, folder):
             reason = cause.strerror or str(cause)
             return MissingError("EA0202", f"{final}: cannot be written: {reason}", hints=["-o names another folder"])
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _concerns(error: OSError, folder: Path) -> bool:
+    """Tell whether the system refused to create `folder`, or something in it or beside it."""
+    place = str(error.filename or "")
+    if place == str(folder):
+        return True
+    return error.errno in _DENIED and (not place or place.startswith(str(folder.parent)))
 
 
 @contextlib.contextmanager
@@ -279,7 +288,7 @@ def _parse(content: bytes, folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise _damaged(folder, "not a JSON object")
     schema = manifest.get("schema")
-    if schema != SCHEMA:
+    if not re.fullmatch(rf"{SCHEMA}(\.\d+)?", str(schema)):
         raise IncompatibleError(
             "EA0901",
             f"{folder}: unknown bundle schema {schema!r}, this edgeattn reads {SCHEMA!r}",

@@ -11,6 +11,7 @@ from typing import Any
 
 _PACKAGES = ("edgeattn", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "numpy")
 _MIB = 2**20
+_SHORTEST = 0.2
 
 
 def host() -> dict[str, Any]:
@@ -44,12 +45,15 @@ def affinity() -> list[int]:
 
 
 def background(before: dict[str, Any], after: dict[str, Any]) -> float | None:
-    """Return how many of our cores other processes kept busy, on average, between two states."""
-    if before["busy_s"] is None or after["busy_s"] is None:
+    """Return how many of our cores other processes kept busy, on average, between two states.
+
+    None where the system does not tell, or when the states lie so close that its clock ticks (10 ms) decide.
+    """
+    elapsed = float(after["clock_s"] - before["clock_s"])
+    if before["busy_s"] is None or after["busy_s"] is None or elapsed < _SHORTEST:
         return None
-    elapsed = max(1e-9, after["clock_s"] - before["clock_s"])
     others = (after["busy_s"] - before["busy_s"]) - (after["own_s"] - before["own_s"])
-    return round(max(0.0, others / elapsed), 2)
+    return min(float(len(affinity())), max(0.0, round(others / elapsed, 2)))
 
 
 def throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:

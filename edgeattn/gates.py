@@ -1,4 +1,4 @@
-"""Gates: what a user promises on the command line (`rel=1e-3`, `p50=4ms`, `3%`), read with units and judged in one place."""
+"""Gates: what a user promises on the command line (`rel=1e-3`, `p50=4ms`, `3%`), read with units and judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latency: callables timed in alternating rounds, so that what disturbs one of them disturbs all, and how sure the result is."""
+"""Latency: callables timed in alternating rounds, so that a disturbance meets all of them, and how sure the result is."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def measure(
 ) -> Measurement:
     """Time every callable for about `duration` seconds, in rounds that alternate between them.
 
-    Every callable warms up first, until its last 50 times have settled or for `warmup` seconds at most. All then get the
-    same number of rounds, and the order turns by one each round. Rounds are added until each callable has `fewest` samples,
-    but never beyond ten times `duration` (or five rounds, whichever is more).
+    Every callable warms up first, until its last 50 times have settled or for `warmup` seconds at most. All then get
+    the same number of rounds, and the order turns by one each round. Rounds are added until each callable has `fewest`
+    samples, but never beyond ten times `duration` (or five rounds, whichever is more).
     """
     tell = progress or (lambda _: None)
     warm: dict[str, Warmup] = {}
@@ -212,7 +212,8 @@ def _time_slice(
     """
     if typical_s * 3 <= slice_s:
         run()
-    milliseconds, starts = [], []
+    milliseconds: list[float] = []
+    starts: list[float] = []
     began = now = clock()
     while not starts or now - began + typical_s / 2 < slice_s:
         starts.append(now - start)

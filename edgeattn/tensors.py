@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from edgeattn.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension: fixed when `min == max`, else named with the sizes it may take (None where nothing is known)."""
+    """A dimension: fixed when it has no name, else with the sizes it may take (None where nothing is known)."""
 
     name: str = ""
     min: int | None = None
@@ -71,3 +76,139 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{' x '.join(map(str, self.dims))}]"
+
+
+class Outputs(tuple[Any, ...]):
+    """Several outputs in order, also by name: `y[0]`, `y["boxes"]`, `y.keys()`, `dict(y)`."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, names: Iterable[str], values: Iterable[Any]) -> Outputs:
+        """Return `values` labelled with `names`."""
+        outputs = cls(values)
+        outputs.names = tuple(names)
+        return outputs
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the output names."""
+        return self.names
+
+    def values(self) -> tuple[Any, ...]:
+        """Return the arrays."""
+        return tuple(self)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Return pairs of name and array."""
+        return zip(self.names, self, strict=True)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(self.names.index(key) if isinstance(key, str) else key)
+
+
+def in_order(specs: Sequence[TensorSpec], arguments: Sequence[Any]) -> list[Any]:
+    """Return the arrays in the order of `specs`, from one mapping by name or from positions. Raises EA0130."""
+    names = [spec.name for spec in specs]
+    if len(arguments) == 1 and isinstance(arguments[0], Mapping):
+        given = arguments[0]
+        if set(given) != set(names):
+            raise UsageError("EA0130", f"inputs are {', '.join(names)}; got {', '.join(map(str, given)) or 'none'}")
+        return [given[name] for name in names]
+    if len(arguments) != len(names):
+        raise UsageError("EA0130", f"expects {len(names)} inputs ({', '.join(names)}), got {len(arguments)}")
+    return list(arguments)
+
+
+def check(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> dict[str, int]:
+    """Compare kind, dtype and shape of every array with its specification; return the size of every named dimension.
+
+    Nothing is cast, padded or resized. Raises EA0131 (not an array), EA0132 (dtype) or EA0133 (shape).
+    """
+    sizes: dict[str, int] = {}
+    for spec, array in zip(specs, arrays, strict=True):
+        if kind_of(array) is None:
+            raise UsageError(
+                "EA0131", f"{spec.name}: expects a numpy, torch or DLPack array, got {type(array).__name__}"
+            )
+        if dtype_of(array) != spec.dtype:
+            raise UsageError("EA0132", f"{spec.name}: expects {spec.dtype}, got {dtype_of(array)}")
+        _check_shape(spec, tuple(array.shape), sizes)
+    return sizes
+
+
+def _check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    found = " x ".join(map(str, shape))
+    if len(shape) != len(spec.dims):
+        raise UsageError("EA0133", f"{spec.name}: expects [{' x '.join(map(str, spec.dims))}], got [{found}]")
+    for axis, (dim, size) in enumerate(zip(spec.dims, shape, strict=True)):
+        if not dim.allows(size):
+            hint = "dynamic sizes are chosen at export: --input and --dim"
+            raise UsageError("EA0133", f"{spec.name}: axis {axis} must be {dim}, got [{found}]", hints=[hint])
+        if dim.name and sizes.setdefault(dim.name, size) != size:
+            raise UsageError(
+                "EA0133", f"{spec.name}: axis {axis} ({dim.name}) is {size}, but {sizes[dim.name]} elsewhere"
+            )
+
+
+def kind_of(array: Any) -> str | None:
+    """Return "numpy", "torch" or "dlpack", or None for what is no array."""
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    # A torch tensor cannot exist before torch has been imported.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return "torch"
+    return "dlpack" if all(hasattr(array, name) for name in ("__dlpack__", "dtype", "shape")) else None
+
+
+def dtype_of(array: Any) -> str:
+    """Return the name of the dtype: "float32" for `np.float32` and `torch.float32`; byte-swapped arrays differ."""
+    if isinstance(array, np.ndarray):
+        return array.dtype.name if array.dtype.isnative else array.dtype.str
+    return str(array.dtype).rpartition(".")[2]
+
+
+def to_numpy(name: str, array: Any) -> np.ndarray:
+    """Return `array` as a contiguous numpy array, sharing memory where possible. Raises EA0134 off the CPU."""
+    kind = kind_of(array)
+    if kind == "numpy":
+        return np.ascontiguousarray(array)
+    device = str(array.device) if kind == "torch" else _dlpack_device(array)
+    if device != "cpu":
+        raise UsageError(
+            "EA0134", f"{name}: lies on {device}, this session computes on the cpu", hints=["copy it first"]
+        )
+    found = array.detach().numpy() if kind == "torch" else np.from_dlpack(array)
+    return np.ascontiguousarray(found)
+
+
+def to_torch(name: str, array: Any, device: str) -> Any:
+    """Return `array` as a torch tensor on `device`; only numpy arrays are copied there. Raises EA0134 otherwise."""
+    import torch
+
+    if isinstance(array, np.ndarray):
+        # torch warns about read-only memory and refuses negative strides.
+        shared = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+        return torch.from_numpy(shared).to(device)
+    tensor = array.detach() if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+    if tensor.device != torch.device(device):
+        raise UsageError("EA0134", f"{name}: lies on {tensor.device}, this session computes on {device}")
+    return tensor
+
+
+def like(example: Any, result: Any) -> Any:
+    """Return `result` (numpy or torch) as the kind of array that `example` is."""
+    kind = kind_of(example)
+    if kind == "torch":
+        import torch
+
+        return torch.from_numpy(result) if isinstance(result, np.ndarray) else result
+    if kind == "numpy":
+        return result if isinstance(result, np.ndarray) else result.cpu().numpy()
+    namespace = getattr(example, "__array_namespace__", None)
+    return namespace().from_dlpack(result) if namespace else result
+
+
+def _dlpack_device(array: Any) -> str:
+    kind, number = array.__dlpack_device__()
+    return "cpu" if kind == 1 else f"device {kind}:{number}"

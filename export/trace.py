@@ -7,24 +7,15 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from edgeattn.errors import EdgeAttnError, UnsupportedError
+from edgeattn.tensors import Dim
 
 
-@dataclass(frozen=True)
-class Dim:
-    """A dynamic input dimension: its symbol and the sizes it may take."""
-
-    name: str
-    low: int
-    high: int
-    best: int
-
-
+# The shape of every input; a Dim with a name stays dynamic.
 Shapes = Mapping[str, Sequence["int | Dim"]]
 
 
@@ -81,7 +72,7 @@ def quiet() -> Iterator[None]:
 
 def _dynamic(shape: Sequence[int | Dim]) -> dict[int, torch.export.Dim]:
     return {
-        axis: torch.export.Dim(dim.name, min=dim.low, max=dim.high)
+        axis: torch.export.Dim(dim.name, min=dim.min, max=dim.max)
         for axis, dim in enumerate(shape)
-        if isinstance(dim, Dim)
+        if isinstance(dim, Dim) and dim.name
     }

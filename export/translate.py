@@ -14,8 +14,9 @@ from onnxscript.values import Opset
 
 from edgeattn import signature
 from edgeattn.errors import EdgeAttnError, UnsupportedError
-from edgeattn.export.trace import Dim, Shapes, first_line, quiet
+from edgeattn.export.trace import Shapes, first_line, quiet
 from edgeattn.op import DOMAIN, OPS, Op
+from edgeattn.tensors import Dim
 
 OPSET = 20
 IR_VERSION = 10
@@ -74,7 +75,7 @@ def _name_sizes(model: ir.Model, shapes: Shapes) -> None:
     names = {}
     for value in model.graph.inputs:
         for size, dim in zip(value.shape or (), shapes.get(value.name or "", ()), strict=False):
-            if isinstance(size, ir.SymbolicDim) and isinstance(dim, Dim):
+            if isinstance(size, ir.SymbolicDim) and isinstance(dim, Dim) and dim.name:
                 names[str(size.value)] = dim.name
     if not names:
         return

@@ -156,7 +156,7 @@ def test_gate_options_are_read_with_units() -> None:
         (gates.accuracy_limits, "rel=1.2.3", "not a number"),
         (gates.latency_limits, "p50=4", "unit of us, ms"),
         (gates.latency_limits, "p50=4MiB", "unit of us, ms"),
-        (gates.latency_limits, "p51=4ms", "did you mean p50"),
+        (gates.latency_limits, "p51=4ms", "did you mean p95 or p50"),
     ],
 )
 def test_unreadable_gates_are_usage_errors(read, text: str, message: str) -> None:

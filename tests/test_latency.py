@@ -204,6 +204,5 @@ def test_state_of_this_machine() -> None:
     after = conditions.state()
     assert after["clock_s"] > before["clock_s"]
     assert after["own_s"] >= before["own_s"]
-    busy = conditions.background(before, after)
-    assert busy is None or 0 <= busy <= len(conditions.affinity()) + 1
+    assert conditions.background(before, after) is None  # too short to tell
     assert conditions.host()["packages"]["numpy"] == np.__version__
