@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from edgeattn.errors import EdgeAttnError, IncompatibleError, MissingError, UsageError
-from edgeattn.tensors import TensorSpec
+from edgeattn.hashing import hash_file
+from edgeattn.tensors import TensorSpec, read_arrays
 
 MANIFEST = "manifest.json"
 SCHEMA = "edgeattn.bundle/1"
@@ -140,27 +141,6 @@ class Bundle:
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {self.name!r})"
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an `.npz` file; nothing in it is ever unpickled. Raises EA0107 when it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise UsageError("EA0107", f"{path}: does not exist") from error
-    except Exception as error:
-        # numpy raises zipfile, zlib, tokenizer and value errors for damaged archives.
-        raise UsageError("EA0107", f"{path}: not a readable .npz of plain arrays", why=str(error)) from error
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def hash_files(folder: Path) -> dict[str, str]:

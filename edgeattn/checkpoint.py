@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import pickle
 import re
 import warnings
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from edgeattn.errors import EdgeAttnError, MissingError, UsageError
+from edgeattn.hashing import hash_file
+from edgeattn.packages import require
 
 # Tried after the authors' own names: what training scripts in general call the state dict, averaged weights first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state", "model_state_dict", "model", "net_E", "net")
@@ -31,22 +32,18 @@ _DATA_TYPES: list[Any] = [
 ]
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a weight file; EA0120 or EA0220 when it cannot be read."""
+def checkpoint_sha256(path: Path) -> str:
+    """Return the SHA-256 of a weight file. Raises EA0120 where there is none, EA0202 when it may not be read."""
     if path.is_dir():
         raise UsageError("EA0120", f"{path}: a folder, not a weight file")
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return hash_file(path)
     except FileNotFoundError:
         raise UsageError("EA0120", f"{path}: no such weight file") from None
     except PermissionError:
-        raise MissingError("EA0220", f"{path}: no permission to read this weight file") from None
+        raise MissingError("EA0202", f"{path}: no permission to read this weight file") from None
     except OSError as error:
         raise UsageError("EA0120", f"{path}: cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()
 
 
 def read_checkpoint(path: Path, wrappers: Sequence[str] = ()) -> tuple[str, Mapping[str, Any]]:
@@ -92,9 +89,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return load_file(path)
+    return require("safetensors.torch").load_file(path)
 
 
 def _read_torch(path: Path) -> Any:

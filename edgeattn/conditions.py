@@ -52,7 +52,7 @@ def background(before: dict[str, Any], after: dict[str, Any]) -> float | None:
     elapsed = float(after["clock_s"] - before["clock_s"])
     if before["busy_s"] is None or after["busy_s"] is None or elapsed < _SHORTEST:
         return None
-    others = (after["busy_s"] - before["busy_s"]) - (after["own_s"] - before["own_s"])
+    others = float(after["busy_s"] - before["busy_s"]) - float(after["own_s"] - before["own_s"])
     return min(float(len(affinity())), max(0.0, round(others / elapsed, 2)))
 
 

@@ -1,4 +1,4 @@
-"""Latency: callables timed in alternating rounds, so that a disturbance meets all of them, and how sure the result is."""
+"""Latency: callables timed in alternating rounds, so that a disturbance meets all, and how sure that is."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from edgeattn.errors import IncompatibleError, UsageError
 from edgeattn.packages import require
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+    from torch.export import ExportedProgram
 
 PROGRAM = "reference/model.pt2"
 WEIGHTS = "reference/weights.safetensors"
@@ -57,7 +57,7 @@ def _catalogue(bundle: Bundle) -> nn.Module:
     return module.eval()
 
 
-def load_program(path: Path) -> torch.export.ExportedProgram:
+def load_program(path: Path) -> ExportedProgram:
     """Return the exported program in a `.pt2` file without unpickling objects or running text from it.
 
     Raises EA0109 for a file that is no exported program, or that asks for either.
@@ -69,7 +69,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     try:
         _check_expressions(path)
         with _weights_only():
-            program: torch.export.ExportedProgram = torch.export.load(path)
+            program: ExportedProgram = torch.export.load(path)
     except UsageError:
         raise
     except Exception as error:

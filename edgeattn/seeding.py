@@ -23,7 +23,8 @@ def uniform(name: str, shape: Sequence[int], low: float = 0.0, high: float = 1.0
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     bits = np.random.PCG64(seed).random_raw(math.prod(shape))
     unit = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return (low + (high - low) * unit).reshape(shape)
+    numbers: Array = (low + (high - low) * unit).reshape(shape)
+    return numbers
 
 
 def noise(name: str, shape: Sequence[int]) -> Array:

@@ -69,7 +69,7 @@ class Session:
             return self._queue.submit(self._run, arrays)
 
     def bind(self, outputs: Mapping[str, Any] | None = None) -> None:
-        """Write results into these buffers from now on, and return them from calls; None ends it. Raises EA0130, EA0132."""
+        """Write results into these buffers from now on, and return them; None ends it. Raises EA0130, EA0132."""
         specs = {spec.name: spec for spec in self.outputs}
         for name, buffer in (outputs or {}).items():
             if name not in specs:
@@ -79,9 +79,9 @@ class Session:
         self._bound = dict(outputs or {})
 
     def warmup(self, count: int = 3) -> None:
-        """Run `count` times on zeros of the best size."""
+        """Run `count` times on noise of the best size."""
         for _ in range(count):
-            self(*self._zeros())
+            self(*self._examples())
 
     def capture_graph(self) -> None:
         """Raise EA0403: CUDA graphs are captured from engines, which this version does not run."""
@@ -91,7 +91,7 @@ class Session:
 
     @contextlib.contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
-        """Order the calls inside on a torch CUDA stream; None is no stream. Raises EA0403 where work is not on a stream."""
+        """Order the calls inside on a torch CUDA stream; None means no stream. Raises EA0403 where there are none."""
         if stream is None:
             yield
             return
@@ -108,10 +108,10 @@ class Session:
         return Session(self.bundle, self._alive(), self.info)
 
     def bench(self, duration: str | float = "3s") -> dict[str, Any]:
-        """Measure the latency of calls on zeros of the best size: percentiles in milliseconds, scope e2e."""
+        """Measure the latency of calls on noise of the best size: percentiles in milliseconds, scope e2e."""
         from edgeattn.latency import measure, summarise
 
-        arrays, name = self._zeros(), self.info.backend
+        arrays, name = self._examples(), self.info.backend
         measured = measure({name: lambda: self(*arrays)}, duration=_seconds(duration))
         return {"backend": name, "scope": "e2e", **summarise(measured.timings[name])}
 
@@ -169,8 +169,13 @@ class Session:
             buffer.copy_(like(buffer, result))
         return buffer
 
-    def _zeros(self) -> list[np.ndarray]:
-        return [np.zeros(spec.shape(), spec.dtype) for spec in self.inputs]
+    def _examples(self) -> list[np.ndarray]:
+        """Return seeded noise of the best size; zeros for integers, which may be indices."""
+        draw = np.random.default_rng(0).standard_normal
+        return [
+            (draw(spec.shape()) if "float" in spec.dtype else np.zeros(spec.shape())).astype(spec.dtype)
+            for spec in self.inputs
+        ]
 
 
 def load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,18 @@ class Outputs(tuple[Any, ...]):
         return super().__getitem__(self.names.index(key) if isinstance(key, str) else key)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz` file; nothing in it is ever unpickled. Raises EA0107 when it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise UsageError("EA0107", f"{path}: does not exist") from error
+    except Exception as error:
+        # numpy raises zipfile, zlib, tokenizer and value errors for damaged archives.
+        raise UsageError("EA0107", f"{path}: not a readable .npz of plain arrays", why=str(error)) from error
+
+
 def in_order(specs: Sequence[TensorSpec], arguments: Sequence[Any]) -> list[Any]:
     """Return the arrays in the order of `specs`, from one mapping by name or from positions. Raises EA0130."""
     names = [spec.name for spec in specs]
@@ -164,7 +177,7 @@ def kind_of(array: Any) -> str | None:
 def dtype_of(array: Any) -> str:
     """Return the name of the dtype: "float32" for `np.float32` and `torch.float32`; byte-swapped arrays differ."""
     if isinstance(array, np.ndarray):
-        return array.dtype.name if array.dtype.isnative else array.dtype.str
+        return str(array.dtype.name if array.dtype.isnative else array.dtype.str)
     return str(array.dtype).rpartition(".")[2]
 
 
@@ -190,7 +203,7 @@ def to_torch(name: str, array: Any, device: str) -> Any:
         # torch warns about read-only memory and refuses negative strides.
         shared = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
         return torch.from_numpy(shared).to(device)
-    tensor = array.detach() if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+    tensor = array.detach() if isinstance(array, torch.Tensor) else torch.utils.dlpack.from_dlpack(array)
     if tensor.device != torch.device(device):
         raise UsageError("EA0134", f"{name}: lies on {tensor.device}, this session computes on {device}")
     return tensor

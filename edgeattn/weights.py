@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeattn.checkpoint import file_sha256, read_checkpoint
+from edgeattn.checkpoint import checkpoint_sha256, read_checkpoint
 from edgeattn.errors import UsageError
 from edgeattn.model import MODELS, Checkpoint
 from edgeattn.seeding import seeded_value
@@ -98,7 +98,7 @@ def check_weights(model_name: str, path: str | Path) -> Loaded:
 
 def _compare(module: nn.Module, path: Path, checkpoint: Checkpoint) -> tuple[Loaded, dict[str, Tensor]]:
     """Return the comparison and the entries that fit."""
-    sha256 = file_sha256(path)
+    sha256 = checkpoint_sha256(path)
     wrapper, content = read_checkpoint(path, checkpoint.wrappers)
     expected = module.state_dict()
     content = _without_prefix(content, expected)

@@ -76,6 +76,18 @@ def _clean(model: ir.Model) -> int:
     return before - node_count(model)
 
 
+def _infer_shapes(model: ir.Model) -> int:
+    """Fill in the shapes that the exporter's decompositions leave open when sizes are dynamic."""
+    open_values = [value for node in model.graph for value in node.outputs if _is_open(value)]
+    if open_values:
+        common.ShapeInferencePass(data_prop=True)(model)
+    return sum(not _is_open(value) for value in open_values)
+
+
+def _is_open(value: ir.Value) -> bool:
+    return value.shape is None or any(isinstance(size, ir.SymbolicDim) and size.value is None for size in value.shape)
+
+
 PASSES = (
     Pass("fold_constants", "what does not depend on the input is an initializer", _fold_constants),
     Pass("fold_norms", "no batch norm stands before a linear layer", _rules(fold.NORM_RULES)),
@@ -84,6 +96,7 @@ PASSES = (
     Pass("capture_attention", "attention is one node", _rules(simplify.CAPTURE_RULES, commute=True)),
     Pass("simplify", "a standard operator is one node", _rules(simplify.RULES, commute=True)),
     Pass("clean", "every node is reached, once", _clean),
+    Pass("infer_shapes", "every value has a type and a shape", _infer_shapes),
 )
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from edgeattn.errors import EdgeAttnError, UnsupportedError
 from edgeattn.tensors import Dim
 
-
 # The shape of every input; a Dim with a name stays dynamic.
 Shapes = Mapping[str, Sequence["int | Dim"]]
 

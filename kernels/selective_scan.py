@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgeattn.kernels._recurrence import chunk_of, two_level
+from edgeattn.kernels._statements import Statements
 from edgeattn.op import Op
 
 op = Op(
@@ -109,3 +111,73 @@ op.cases = [
     dict(b=1, j=1, k=4, d=5, s=3, l=10, directions=[0, 1, 0, 1], delta_softplus=0),
 ]
 op.ranges = {"A": (-3.0, -0.1)}
+
+
+@op.onnx
+def body(dims, attributes, dtype):
+    return str(_static(dims, attributes, dtype))
+
+
+def _static(dims, attributes, dtype):
+    """State size 1, static length: layout [b, k, chunks, steps, d], every direction in visiting order."""
+    k, d, length = dims["k"], dims["d"], dims["l"]
+    steps = chunk_of(length)
+    chunks = -(-length // steps)
+    body = Statements()
+    visits = _visits(attributes["directions"], length, chunks * steps)
+    flat = [[[[place + length * way for place in row] for row in _rows(order, steps)] for way, order in enumerate(visits)]]
+    shared = [_rows(order, steps) for order in visits]
+    own = [_rows([place + length * way for place in order], steps) for way, order in enumerate(visits)]
+    # delta
+    step = body.add("Transpose", _single(body, "delta", dtype), perm=[0, 1, 3, 2])
+    step = body.add("Add", step, body.add("Unsqueeze", "delta_bias", body.const([1])))
+    step = body.add("Gather", body.add("Reshape", step, body.const([0, k * length, d])), body.const(own), axis=1)
+    if attributes["delta_softplus"]:
+        step = _softplus(body, step)
+    tokens = body.add("Transpose", body.add("Squeeze", _single(body, "u", dtype), body.const([1])), perm=[0, 2, 1])
+    x = body.add("Gather", tokens, body.const(shared), axis=1)
+    column = [[[[p] for p in row] for row in rows] for rows in own]
+    enter, leave = (
+        body.add("Gather", body.add("Reshape", _single(body, name, dtype), body.const([0, k * length])), body.const(column), axis=1)
+        for name in ("Bm", "Cm")
+    )
+    rate = body.add("Unsqueeze", body.add("Transpose", "A", perm=[0, 2, 1]), body.const([1]))
+    log_decay = body.add("Mul", step, rate)
+    decay = body.add("Exp", log_decay)
+    drive = body.add("Mul", body.add("Mul", x, enter), step)
+    states = two_level(body, log_decay, decay, drive, chunks, steps)
+    y = body.add("Reshape", body.add("Mul", states, leave), body.const([0, k * chunks * steps, d]))
+    parts = []
+    for way, order in enumerate(visits):
+        where = [0] * length
+        for t, place in enumerate(order[:length]):
+            where[place] = t + way * chunks * steps
+        parts.append(body.add("Gather", y, body.const(where), axis=1))
+    y = body.add("Add", *parts)
+    skip = body.add("Mul", tokens, body.add("ReduceSum", "Dskip", body.const([0]), keepdims=0))
+    body.add("Transpose", body.add("Add", y, skip), perm=[0, 2, 1], out="y")
+    return body
+
+
+def _single(body, name, dtype):
+    return name if dtype == "float" else body.add("Cast", name, to=1)
+
+
+def _visits(directions, length, padded):
+    """Return the place visited at every step per direction; steps beyond the length revisit the last place."""
+    orders = [range(length - 1, -1, -1) if way else range(length) for way in directions]
+    return [[*order, *[order[-1]] * (padded - length)] for order in orders]
+
+
+def _rows(order, steps):
+    return [order[start : start + steps] for start in range(0, len(order), steps)]
+
+
+def _softplus(body, z):
+    one, cap = body.const(1.0, "float"), body.const(20.0, "float")
+    low = body.add("Min", z, cap)
+    u = body.add("Exp", low)
+    w = body.add("Add", u, one)
+    lost = body.add("Sub", u, body.add("Sub", w, one))
+    soft = body.add("Add", body.add("Log", w), body.add("Div", lost, w))
+    return body.add("Add", soft, body.add("Sub", z, low))

@@ -1,0 +1,92 @@
+"""Acceptance of an exported file: checker, types, target rules, parity with PyTorch, and NVIDIA's parser and builder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeattn.accuracy import band
+from edgeattn.compilation import GOLDEN_SAMPLES, Compilation
+from edgeattn.engine import rtx_check
+from edgeattn.errors import AccuracyError, BuildError, UnsupportedError
+from edgeattn.export.check import check_graph, target_violations
+from edgeattn.export.parity import Array, example_feeds, run_bytes, run_half, run_torch
+from edgeattn.tensors import TensorSpec
+
+
+def accept(job: Compilation, path: Path) -> None:
+    """Accept the written file: checker, types, target rules, parity with PyTorch, and a real parse and build."""
+    assert job.graph is not None
+    with job.progress.stage("check", "model.onnx vs PyTorch") as stage:
+        check_graph(job.graph)
+        _check_targets(job)
+        job.graph = None  # the rest reads the file, and large models should not be held twice
+        found = _parity(job, path.read_bytes())
+        built = rtx_check(path, _profiles(job.source.inputs))
+        if built["verdict"] == "fail":
+            raise BuildError("EA0601", f"TensorRT-RTX: {built['reason']}", where="model.onnx")
+        engine = f"builds ({built['layers']} layers)" if built["verdict"] == "pass" else "skipped"
+        agree = f", top-1 {found['top1']}" if found["top1"] else ""
+        text = f"PASS  scaled err {found['scaled_err']:.1e} (band {found['band']:.1e}){agree}, TensorRT-RTX {engine}"
+        checks = ["onnx checker", "value types", "target rules", "parity"]
+        checks += ["tensorrt-rtx build"] if built["verdict"] == "pass" else []
+        job.record(stage, text, {**found, "tensorrt_rtx": built}, checks=checks)
+
+
+def _check_targets(job: Compilation) -> None:
+    assert job.graph is not None
+    for target in job.targets:
+        for found in target_violations(job.graph, target)[:1]:
+            raise UnsupportedError(
+                "EA0404",
+                f"{found.op}: {found.reason} ({target.name}), used {found.count} times",
+                where=found.module,
+                hints=["register an op that covers it: edgeattn ops show single_head_attention is an example"],
+            )
+
+
+def _parity(job: Compilation, graph: bytes) -> dict[str, Any]:
+    """Compare with PyTorch on three inputs, and at both ends of every dynamic range."""
+    source = job.source
+    feeds = [example_feeds(source.inputs, seed=seed) for seed in range(GOLDEN_SAMPLES)]
+    if any(dim.name for spec in source.inputs for dim in spec.dims):
+        feeds += [example_feeds(source.inputs, seed=0, size=end) for end in ("min", "max")]
+    half = run_half(source.module, feeds[0]) if job.precision == "fp16" else None
+    first = run_torch(source.module, feeds[0])
+    own = max(map(_scaled_error, half, first)) if half is not None else None
+    limit = band(job.precision, own)
+    errors, agree, rows = [], 0, 0
+    for position, feed in enumerate(feeds):
+        expected = first if position == 0 else run_torch(source.module, feed)
+        found = run_bytes(graph, feed)
+        errors.append(max(map(_scaled_error, found, expected)))
+        if expected[0].ndim == 2:
+            agree += int((found[0].argmax(1) == expected[0].argmax(1)).sum())
+            rows += len(expected[0])
+        if position < GOLDEN_SAMPLES:
+            job.golden.append((feed, expected))
+    worst = max(errors)
+    if not worst <= limit.limit:
+        sizes = [list(array.shape) for array in feeds[errors.index(worst)].values()]
+        raise AccuracyError("EA0704", f"scaled error {worst:.1e} at {sizes}, limit {limit.limit:.1e}", why=limit.source)
+    return {"scaled_err": worst, "band": limit.limit, "source": limit.source, "top1": f"{agree}/{rows}" if rows else ""}
+
+
+def _scaled_error(found: Array, expected: Array) -> float:
+    """Return RMS difference over RMS value; infinite for another shape or anything not finite."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    wide = expected.astype(np.float64)
+    scale = float(np.sqrt((wide**2).mean())) or 1.0
+    return float(np.sqrt(((found.astype(np.float64) - wide) ** 2).mean())) / scale
+
+
+def _profiles(specs: Sequence[TensorSpec]) -> dict[str, list[list[int]]]:
+    """Return minimal, optimal and maximal shape of every input, when any size is dynamic."""
+    if not any(dim.name for spec in specs for dim in spec.dims):
+        return {}
+    ends = ("min", "opt", "max")
+    return {spec.name: [[int(getattr(dim, end)) for dim in spec.dims] for end in ends] for spec in specs}

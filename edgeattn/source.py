@@ -1,0 +1,187 @@
+"""What is to be compiled: a catalogue name, `package.module:factory` or a `.pt2` file, as a module and its inputs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeattn.download import official_weights
+from edgeattn.errors import UsageError
+from edgeattn.model import MODELS, InputSpec, Model
+from edgeattn.progress import Progress
+from edgeattn.tensors import Dim, TensorSpec
+from edgeattn.weights import load_checkpoint, seed_weights
+
+# What users call the axes of an image [batch, 3, height, width].
+_AXES = {"batch": 0, "n": 0, "height": 2, "h": 2, "width": 3, "w": 3}
+_INPUT = re.compile(r"(?P<name>\w+)(?::(?P<dtype>\w+))?=(?P<dims>\w+(?:x\w+)*)")
+_DIM = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<min>\d+):(?P<max>\d+)(?::(?P<opt>\d+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The PyTorch original with its inputs; `weights` says where they come from, `model` is its catalogue entry."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    weights: str
+    model: Model | None = None
+    program: torch.export.ExportedProgram | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the `model` entry of the manifest."""
+        family = self.model.family if self.model else "user"
+        source = self.model.source if self.model else self.name
+        return {"family": family, "variant": self.name, "source": source, "weights_sha256": self.weights}
+
+
+def resolve(
+    model: str,
+    *,
+    weights: str | None = None,
+    inputs: Sequence[str] = (),
+    dims: Sequence[str] = (),
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+) -> Source:
+    """Return what `model` names, weights loaded.
+
+    `inputs` are NAME=1x3x224x224 (or NAME:dtype=...), `dims` NAME=min:max[:opt]. Raises EA0101 for an unknown model,
+    EA0111 for an option that cannot be read, and what the weight file is refused for.
+    """
+    ranges = {dim.name: dim for dim in map(_read_dim, dims)}
+    shapes = dict(_read_input(text, ranges) for text in inputs)
+    if model.endswith(".pt2"):
+        return _from_file(Path(model), shapes, weights)
+    if ":" in model:
+        return _from_factory(model, shapes, weights)
+    entry = MODELS.get(model)
+    specs = tuple(_spec(spec, shapes, ranges) for spec in entry.inputs)
+    _refuse_unknown(shapes, [spec.name for spec in specs])
+    module = entry.build().eval()
+    return Source(
+        entry.name, module, specs, entry.outputs, _load(module, entry, weights, allow_partial, progress), entry
+    )
+
+
+def _load(module: nn.Module, entry: Model, weights: str | None, allow_partial: bool, progress: Progress | None) -> str:
+    """Load or seed the weights; return the file's SHA-256, or "seeded"."""
+    if weights is None:
+        seed_weights(module)
+        return "seeded"
+    path = official_weights(entry, progress) if weights == "official" else Path(weights)
+    return load_checkpoint(module, path, entry.checkpoint, allow_partial=allow_partial).sha256
+
+
+def _from_factory(name: str, shapes: Mapping[str, TensorSpec], weights: str | None) -> Source:
+    if weights is not None:
+        raise UsageError("EA0113", "--weights: a factory loads its own weights", where=name)
+    if not shapes:
+        raise UsageError("EA0111", f"{name}: give its inputs", hints=["--input NAME=1x3x224x224, one per argument"])
+    module_name, _, attribute = name.partition(":")
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError("EA0101", f"{name}: cannot be imported: {error}", where=folder) from error
+    finally:
+        sys.path.remove(folder)
+    module = factory() if not isinstance(factory, nn.Module) else factory
+    if not isinstance(module, nn.Module):
+        raise UsageError("EA0101", f"{name}: returns {type(module).__name__}, not a torch.nn.Module")
+    return Source(attribute, module.eval(), tuple(shapes.values()), (), "own")
+
+
+def _from_file(path: Path, shapes: Mapping[str, TensorSpec], weights: str | None) -> Source:
+    if weights is not None or shapes:
+        raise UsageError(
+            "EA0113", f"{path}: a .pt2 file has its own weights and inputs", hints=["leave the option out"]
+        )
+    if not path.is_file():
+        raise UsageError("EA0101", f"{path}: no such file")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise UsageError("EA0101", f"{path}: not a torch.export file: {str(error).splitlines()[0][:200]}") from error
+    return Source(path.stem, program.module(), program_inputs(program), (), "own", program=program)
+
+
+def program_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:
+    """Return the inputs of an exported program; a dynamic size has the range the program was traced with."""
+    names = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    specs = []
+    for name in map(str, names):
+        value = nodes[name].meta["val"]
+        dims = tuple(_program_dim(program, size) for size in value.shape)
+        specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), dims))
+    return tuple(specs)
+
+
+def _program_dim(program: torch.export.ExportedProgram, size: Any) -> Dim:
+    if isinstance(size, int):
+        return Dim.fixed(size)
+    symbol = size.node.expr
+    bounds = program.range_constraints[symbol]
+    low, high = int(bounds.lower), int(min(bounds.upper, 1 << 16))
+    return Dim(str(symbol), low, min(max(low, int(size.node.hint or low)), high), high)
+
+
+def _spec(spec: InputSpec, shapes: Mapping[str, TensorSpec], ranges: Mapping[str, Dim]) -> TensorSpec:
+    """Return the catalogue's input with the sizes the user gave."""
+    preprocess = asdict(spec.preprocess) if spec.preprocess else None
+    if spec.name in shapes:
+        given = shapes[spec.name]
+        if len(given.dims) != len(spec.dims):
+            raise UsageError("EA0111", f"--input {spec.name}: needs {len(spec.dims)} sizes, got {len(given.dims)}")
+        dims = list(given.dims)
+    else:
+        dims = [Dim.fixed(size) for size in spec.dims]
+        for name, dim in ranges.items():
+            if name.lower() not in _AXES:
+                raise UsageError("EA0111", f"--dim {name}: no such size", hints=["batch, height or width"])
+            dims[_AXES[name.lower()]] = dim
+    return TensorSpec(spec.name, spec.dtype, tuple(dims), preprocess)
+
+
+def _refuse_unknown(shapes: Mapping[str, TensorSpec], names: Sequence[str]) -> None:
+    for name in shapes:
+        if name not in names:
+            raise UsageError("EA0111", f"--input {name}: no such input; inputs are {', '.join(names)}")
+
+
+def _read_input(text: str, ranges: Mapping[str, Dim]) -> tuple[str, TensorSpec]:
+    match = _INPUT.fullmatch(text.replace(" ", ""))
+    if not match:
+        raise UsageError("EA0111", f"--input {text}: not NAME=1x3x224x224")
+    dims = []
+    for size in match["dims"].split("x"):
+        if not size.isdigit() and size not in ranges:
+            raise UsageError("EA0111", f"--input {text}: {size} has no range", hints=[f"--dim {size}=1:8"])
+        dims.append(Dim.fixed(int(size)) if size.isdigit() else ranges[size])
+    return match["name"], TensorSpec(match["name"], match["dtype"] or "float32", tuple(dims))
+
+
+def _read_dim(text: str) -> Dim:
+    match = _DIM.fullmatch(text)
+    if not match:
+        raise UsageError("EA0111", f"--dim {text}: not NAME=min:max or NAME=min:max:opt")
+    low, high = int(match["min"]), int(match["max"])
+    best = int(match["opt"] or low)
+    if not 1 <= low <= best <= high:
+        raise UsageError("EA0111", f"--dim {text}: wants 1 <= min <= opt <= max")
+    if low == high:
+        raise UsageError("EA0111", f"--dim {text}: one size only; write it into --input")
+    return Dim(match["name"], low, best, high)

@@ -1,0 +1,198 @@
+"""MobileMamba: selective scan with a wavelet branch, multi-kernel depthwise convolutions and identity channels."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgeattn.kernels import haar_dwt, haar_idwt, selective_scan
+from edgeattn.model import Checkpoint, Model, image, register
+from edgeattn.models._layers import ConvNorm, FeedForward, Residual, ThreeStages, depthwise
+
+_GLOBAL_RATIO = (0.8, 0.7, 0.6)
+_LOCAL_RATIO = (0.2, 0.2, 0.3)
+_KERNEL = (7, 5, 3)
+_DIRECTIONS = [0, 1]  # row-major, and the same sequence reversed
+
+
+class Scan2d(nn.Module):
+    """Mamba block over the pixels of a map: two opposite scans, state size 1, inner width twice the outer."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        rank = -(-width // 16)
+        self.widths = [rank, 1, 1]
+        self.x_proj_weight = nn.Parameter(torch.randn(2, sum(self.widths), inner) * inner**-0.5)
+        self.Ds = nn.Parameter(torch.ones(2 * inner))
+        self.A_logs = nn.Parameter(torch.zeros(2 * inner, 1))
+        self.dt_projs_weight = nn.Parameter(torch.randn(2, inner, rank) * rank**-0.5)
+        self.dt_projs_bias = nn.Parameter(torch.full((2, inner), -4.0))
+        self.out_norm = nn.LayerNorm(inner)
+        self.in_proj = ConvNorm(width, 2 * inner)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.out_proj = ConvNorm(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        x, gate = self.in_proj(x).chunk(2, 1)
+        y = self.scan(F.silu(self.conv2d(x)))
+        out: Tensor = self.out_proj(y * F.silu(gate))
+        return out
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Scan the pixels of x [b, inner, h, w] both ways and normalise over channels."""
+        tokens = x.flatten(2).unsqueeze(1)  # [b, 1, inner, l]
+        codes, enter, leave = (self.x_proj_weight @ tokens).split(self.widths, 2)
+        y = selective_scan.op(
+            tokens,
+            self.dt_projs_weight @ codes,
+            -torch.exp(self.A_logs).unflatten(0, (2, -1)),
+            enter,
+            leave,
+            self.Ds.unflatten(0, (2, -1)),
+            self.dt_projs_bias,
+            directions=_DIRECTIONS,
+            delta_softplus=1,
+        )
+        normed: Tensor = self.out_norm(y.transpose(1, 2)).transpose(1, 2)
+        return normed.reshape(x.shape)
+
+
+class Scale(nn.Module):
+    """One factor per channel."""
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, width, 1, 1), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        return self.weight * x
+
+
+class WaveletScan(nn.Module):
+    """Global branch: the scan, plus a depthwise convolution of the Haar sub-bands."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        # The authors store the fixed Haar filters; the ops know them.
+        self.wt_filter = nn.Parameter(haar_dwt.filters(width, torch.empty(0)), requires_grad=False)
+        self.iwt_filter = nn.Parameter(haar_dwt.filters(width, torch.empty(0)), requires_grad=False)
+        self.global_atten = Scan2d(width, 2 * width)
+        self.base_scale = Scale(width, 1.0)
+        bands = nn.Conv2d(4 * width, 4 * width, kernel, padding=kernel // 2, groups=4 * width, bias=False)
+        self.wavelet_convs = nn.ModuleList([bands])
+        self.wavelet_scale = nn.ModuleList([Scale(4 * width, 0.1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        base = self.base_scale(self.global_atten(x))
+        bands = self.wavelet_scale[0](self.wavelet_convs[0](haar_dwt.op(x)))
+        out: Tensor = haar_idwt.op(bands, base)
+        return out
+
+
+class LocalConv(nn.Module):
+    """Local branch: depthwise convolution, norm, ReLU, one scale per channel, norm."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.dwconv3x3 = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act = nn.ReLU()
+        self.dwconv1x1 = nn.Conv2d(width, width, 1, groups=width, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        out: Tensor = self.bn2(self.dwconv1x1(self.act(self.bn1(self.dwconv3x3(x)))))
+        return out
+
+
+class MultiReceptive(nn.Module):
+    """Global, local and identity channels side by side, then ReLU and a projection of all."""
+
+    def __init__(self, width: int, stage: int) -> None:
+        super().__init__()
+        wide = _nearest16(int(_GLOBAL_RATIO[stage] * width))
+        near = min(int(_LOCAL_RATIO[stage] * width), width - wide)
+        self.widths = [wide, near, width - wide - near]
+        self.local_op = LocalConv(near, _KERNEL[stage])
+        self.global_op = WaveletScan(wide, _KERNEL[stage])
+        self.proj = nn.Sequential(nn.ReLU(), ConvNorm(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        wide, near, passed = x.split(self.widths, 1)
+        out: Tensor = self.proj(torch.cat([self.global_op(wide), self.local_op(near), passed], 1))
+        return out
+
+
+class Mixer(nn.Module):
+    """Holds the mixer under the authors' key."""
+
+    def __init__(self, width: int, stage: int) -> None:
+        super().__init__()
+        self.attn = MultiReceptive(width, stage)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        out: Tensor = self.attn(x)
+        return out
+
+
+class Block(nn.Module):
+    """Depthwise convolution, feed-forward, mixer, depthwise convolution, feed-forward, each with a skip, and one over all."""
+
+    def __init__(self, width: int, stage: int) -> None:
+        super().__init__()
+        self.dw0 = depthwise(width)
+        self.ffn0 = Residual(FeedForward(width))
+        self.mixer = Residual(Mixer(width, stage))
+        self.dw1 = depthwise(width)
+        self.ffn1 = Residual(FeedForward(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        out: Tensor = x + self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))))
+        return out
+
+
+def _nearest16(count: int) -> int:
+    """Round to the nearest multiple of 16, ties up."""
+    return (count + 8) // 16 * 16
+
+
+def _mobilemamba(widths: tuple[int, ...], depths: tuple[int, ...]) -> nn.Module:
+    return ThreeStages(widths, depths, lambda stage, width: Block(width, stage))
+
+
+_B_WIDTHS, _B_DEPTHS = (200, 376, 448), (2, 3, 2)
+# name, input size, widths, depths, parameters, MACs, top-1 of the long recipe
+_VARIANTS = (
+    ("mobilemamba_t2", 192, (144, 272, 368), (1, 2, 2), 8_836_890, 251_717_544, 71.5),
+    ("mobilemamba_t4", 192, (176, 368, 448), (1, 2, 2), 14_176_090, 408_700_000, 76.1),
+    ("mobilemamba_s6", 224, (192, 384, 448), (1, 2, 2), 15_036_632, 646_707_632, 78.0),
+    ("mobilemamba_b1", 256, _B_WIDTHS, _B_DEPTHS, 17_122_849, 1_069_900_000, 79.9),
+    ("mobilemamba_b2", 384, _B_WIDTHS, _B_DEPTHS, 17_122_849, 2_404_900_000, 81.6),
+    ("mobilemamba_b4", 512, _B_WIDTHS, _B_DEPTHS, 17_122_849, 4_274_000_000, 82.5),
+)
+
+for _name, _size, _widths, _depths, _parameters, _macs, _top1 in _VARIANTS:
+    register(
+        Model(
+            name=_name,
+            family="mobilemamba",
+            build=functools.partial(_mobilemamba, _widths, _depths),
+            inputs=image(_size),
+            parameters=_parameters,
+            macs=_macs,
+            paper="MobileMamba: Lightweight Multi-Receptive Visual Mamba Network (CVPR 2025)",
+            source="lewandofskee/MobileMamba",
+            top1=_top1,
+            checkpoint=Checkpoint("", ("net_E", "net")),
+        )
+    )
