@@ -185,7 +185,7 @@ def writing(path: str | Path, force: bool = False) -> Iterator[Path]:
         except EdgeAttnError:
             raise
         except Exception as error:
-            raise _environment(error, final, folder) or error from error
+            raise environment_error(error, final, folder) or error from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -217,7 +217,7 @@ def _replace(final: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _environment(error: BaseException, final: Path, folder: Path) -> MissingError | None:
+def environment_error(error: BaseException, final: Path, folder: Path) -> MissingError | None:
     """Return the error of a full disk or a missing permission, looking through what libraries wrap around it."""
     cause: BaseException | None = error
     while cause is not None:

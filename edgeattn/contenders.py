@@ -10,13 +10,19 @@ from edgeattn import conditions
 from edgeattn.accuracy import Comparison
 from edgeattn.backends import BACKENDS
 from edgeattn.bundle import Bundle
-from edgeattn.errors import AccuracyError, EdgeAttnError, IncompatibleError, MissingError, UnsupportedError, UsageError
+from edgeattn.errors import (
+    AccuracyError,
+    EdgeAttnError,
+    IncompatibleError,
+    MissingError,
+    UnsupportedError,
+    UsageError,
+)
 from edgeattn.reference import Feeds, Original, Results
 from edgeattn.session import Session, load
 
 ORIGINAL = "torch"
-# The backends of a bundle by default: what was exported, not the original it came from.
-EXPORTED = tuple(name for name in BACKENDS if name != ORIGINAL)
+Run = Callable[[Feeds], Results]
 
 
 @dataclass
@@ -24,12 +30,13 @@ class Contender:
     """A backend under test: what runs it, what was compared, and why it stopped if it did.
 
     `role` is "candidate", "precision" (PyTorch at the bundle's precision, whose error makes the band) or "reference".
+    `memory_mib` is by how much loading it and running it once raised the memory peak of the process.
     """
 
     name: str
     precision: str
     role: str = "candidate"
-    run: Callable[[Feeds], Results] | None = None
+    run: Run | None = None
     outputs: list[Comparison] = field(default_factory=list)
     failure: EdgeAttnError | None = None
     skipped: str = ""
@@ -41,17 +48,58 @@ class Contender:
         self.failure = error
         self.run = None
 
+    def start(self, build: Callable[[], Run], feeds: Feeds) -> None:
+        """Load the backend and run it once, measuring both; an error of ours becomes its failure."""
+        before, reset = conditions.resident_mib(), conditions.reset_peak()
+        begun = time.perf_counter()
+        try:
+            self.run = build()
+        except UsageError:
+            raise  # an unknown backend: nothing to measure at all
+        except EdgeAttnError as error:
+            self.fail(error)
+            return
+        self.load_s = time.perf_counter() - begun
+        self.attempt(feeds, "the first sample")
+        peak = conditions.peak_mib()
+        if reset and before is not None and peak is not None:
+            self.memory_mib = max(0.0, peak - before)
 
-def reference(bundle: Bundle) -> tuple[Original | None, str]:
-    """Return the PyTorch original, or None and the reason why recorded outputs have to do."""
-    try:
-        return Original.load(bundle), ""
-    except MissingError as error:
-        return None, error.message
-    except IncompatibleError as error:
-        if error.code != "EA0906":  # a copy without the original; anything else is damage
+    def attempt(self, feeds: Feeds, sample: str) -> Results | None:
+        """Run once; what is raised becomes the failure. Raises EA013x for inputs that do not fit the bundle."""
+        if self.run is None:
+            return None
+        try:
+            return self.run(feeds)
+        except UsageError:
             raise
-        return None, error.message
+        except Exception as error:
+            # A backend may raise anything while it runs; whatever it is, there are no outputs to call right.
+            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            self.fail(AccuracyError("EA0702", f"{self.name}: fails to run {sample}: {why[:200]}"))
+            return None
+
+
+def original(bundle: Bundle, feeds: Feeds) -> tuple[Original | None, Contender]:
+    """Return the PyTorch original and its entry; without torch or `reference/` None and a skipped entry."""
+    contender = Contender(ORIGINAL, "fp32", "reference")
+    found: list[Original] = []
+
+    def build() -> Run:
+        found.append(Original.load(bundle))
+        return found[0]
+
+    contender.start(build, feeds)
+    failure = contender.failure
+    if failure is None:
+        return found[0], contender
+    # A copy without the original is no fault; a damaged one is.
+    if not isinstance(failure, MissingError) and not (
+        isinstance(failure, IncompatibleError) and failure.code == "EA0906"
+    ):
+        raise failure
+    contender.skipped, contender.failure = failure.message, None
+    return None, contender
 
 
 def candidates(bundle: Bundle, names: Sequence[str], threads: int, feeds: Feeds) -> list[Contender]:
@@ -60,15 +108,20 @@ def candidates(bundle: Bundle, names: Sequence[str], threads: int, feeds: Feeds)
     A named backend that cannot run is a failure; one that was not named is skipped when it is missing here or does not
     support the graph, and a failure for any other reason.
     """
-    found = [_load(bundle, name, threads, feeds) for name in dict.fromkeys(names or EXPORTED)]
-    if not names:
-        for contender in found:
-            if isinstance(contender.failure, (MissingError, UnsupportedError)):
-                contender.skipped, contender.failure = contender.failure.message, None
+    chosen = list(dict.fromkeys(names)) or [name for name in BACKENDS if name != ORIGINAL]
+    found = [Contender(name, bundle.precision if name != ORIGINAL else "fp32") for name in chosen]
+    for contender in found:
+        _start(contender, bundle, threads, feeds)
+        if not names and isinstance(contender.failure, (MissingError, UnsupportedError)):
+            contender.skipped, contender.failure = contender.failure.message, None
     return found
 
 
-def as_callable(session: Session) -> Callable[[Feeds], Results]:
+def _start(contender: Contender, bundle: Bundle, threads: int, feeds: Feeds) -> None:
+    contender.start(lambda: _callable(load(bundle, contender.name, threads=threads)), feeds)
+
+
+def _callable(session: Session) -> Run:
     """Return a session as a function from inputs by name to outputs by name."""
     names = [spec.name for spec in session.outputs]
 
@@ -77,37 +130,3 @@ def as_callable(session: Session) -> Callable[[Feeds], Results]:
         return dict(zip(names, found if len(names) > 1 else (found,), strict=True))
 
     return run
-
-
-def attempt(contender: Contender, feeds: Feeds, sample: str) -> Results | None:
-    """Run a contender once; what it raises becomes its failure. Raises EA013x for inputs that do not fit the bundle."""
-    if contender.run is None:
-        return None
-    try:
-        return contender.run(feeds)
-    except UsageError:
-        raise
-    except Exception as error:
-        # A backend may raise anything while it runs; whatever it is, there are no outputs to call right.
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        contender.fail(AccuracyError("EA0702", f"{contender.name}: fails to run {sample}: {why[:200]}"))
-        return None
-
-
-def _load(bundle: Bundle, name: str, threads: int, feeds: Feeds) -> Contender:
-    contender = Contender(name, bundle.precision if name != ORIGINAL else "fp32")
-    before, reset = conditions.resident_mib(), conditions.reset_peak()
-    start = time.perf_counter()
-    try:
-        contender.run = as_callable(load(bundle, name, threads=threads))
-    except UsageError:
-        raise  # an unknown backend: nothing to measure at all
-    except EdgeAttnError as error:
-        contender.fail(error)
-        return contender
-    contender.load_s = time.perf_counter() - start
-    attempt(contender, feeds, "the first sample")
-    peak = conditions.peak_mib()
-    contender.memory_mib = peak - before if reset and peak is not None and before is not None else None
-    return contender
-

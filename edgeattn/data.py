@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from edgeattn.errors import UsageError
 from edgeattn.image import SUFFIXES, load_image
-from edgeattn.npz import open_npz
+from edgeattn.npz import Sample, open_npz
 from edgeattn.seeding import noise
 from edgeattn.tensors import TensorSpec
 
-Sample = tuple[str, dict[str, NDArray[Any]]]
 _SEEDED_SAMPLES = 8
 # Cells of the noise grids, in pixels, and their amplitudes: about equal power per octave, as in photographs.
 _SCALES = ((128, 0.7), (64, 0.6), (32, 0.5), (16, 0.4), (8, 0.3), (4, 0.22), (2, 0.15), (1, 0.1))
@@ -45,11 +44,11 @@ class Data:
 def open_data(
     spec: str | Path | None, inputs: Sequence[TensorSpec], *, samples: int | None = None, seed: int = 0
 ) -> Data:
-    """Return the samples that `spec` names, in a fixed order: None, "seed:N", an image, an image folder or an .npz file.
+    """Return the samples that `spec` names, in fixed order: an image, an image folder, an .npz file, "seed:N" or None.
 
     Dynamic sizes take their best value. At most `samples` samples are used: evenly spread over a folder, the first
-    ones of an .npz file, 8 of seeded data by default. Raises EA0140 for a `spec` that cannot be used, EA0142 for a wrong
-    .npz file, EA0143 where the model takes no image; a bad image raises EA0141 when its turn comes.
+    ones of an .npz file, 8 of seeded data by default. Raises EA0140 for a `spec` that cannot be used, EA0142 for an
+    .npz file that does not fit, EA0143 where the model takes no image; a bad image raises EA0141 when its turn comes.
     """
     if samples is not None and samples < 1:
         raise UsageError("EA0140", f"--samples {samples}: at least 1 is needed")
@@ -66,12 +65,12 @@ def open_data(
 
 
 def seeded_images(seed: int | str, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Return natural-looking normalised images [n, 3, h, w]: structure at eight scales, most of it shared by colours."""
+    """Return natural-looking normalised images [n, 3, h, w]: structure at eight scales, mostly grey."""
     return np.stack([_image(f"{seed}/{index}", *shape[1:]) for index in range(shape[0])])
 
 
 def seeded_input(seed: int | str, shape: Sequence[int], dtype: str) -> NDArray[Any]:
-    """Return an input that depends on `seed` alone: images where the shape is theirs, else noise, or integers 0 and 1."""
+    """Return an input that depends on `seed` alone: images where the shape is theirs, noise, or integers 0 and 1."""
     if len(shape) == 4 and shape[1] == 3 and dtype.startswith("float"):
         return seeded_images(seed, shape).astype(dtype)
     numbers = noise(f"input/{seed}", shape)
@@ -84,8 +83,10 @@ def read_labels(path: str | Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         entries = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().splitlines()
-        names = [entries[str(index)] for index in range(len(entries))] if isinstance(entries, dict) else list(entries)
-    except (OSError, ValueError, TypeError) as error:
+        if not isinstance(entries, (list, dict)):
+            raise ValueError("a JSON list or object is wanted")
+        names = [entries[str(index)] for index in range(len(entries))] if isinstance(entries, dict) else entries
+    except (OSError, ValueError) as error:
         raise UsageError("EA0144", f"{path}: cannot be read as class names: {error}") from error
     except KeyError as error:
         raise UsageError("EA0144", f"{path}: class {error.args[0]} has no name") from error
@@ -112,7 +113,7 @@ def _seeded(seed: int, inputs: Sequence[TensorSpec], count: int) -> Data:
 
 def _images(path: Path, inputs: Sequence[TensorSpec], limit: int | None) -> Data:
     """Return samples of one image, or of as many as the batch of the input has."""
-    spec = _image_input(inputs)
+    spec, preprocess = _image_input(inputs)
     batch, _, height, width = spec.shape()
     files = _list_images(path) if path.is_dir() else [path]
     count = min(limit or len(files), -(-len(files) // batch))
@@ -122,17 +123,17 @@ def _images(path: Path, inputs: Sequence[TensorSpec], limit: int | None) -> Data
     def samples() -> Iterator[Sample]:
         for index in range(count):
             group = chosen[index * batch : (index + 1) * batch]
-            arrays = [load_image(file, spec.preprocess or {}, (height, width)) for file in group]
+            arrays = [load_image(file, preprocess, (height, width)) for file in group]
             name = ", ".join(file.relative_to(root).as_posix() for file in group)
             yield name, {spec.name: np.concatenate(arrays).astype(spec.dtype, copy=False)}
 
     return Data(f"{len(set(chosen))} of {len(files)} images in {path.name}", count, samples)
 
 
-def _image_input(inputs: Sequence[TensorSpec]) -> TensorSpec:
-    """Return the only input, which must be an image."""
+def _image_input(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, Mapping[str, Any]]:
+    """Return the only input, which must be an image, and how an image becomes it."""
     if len(inputs) == 1 and inputs[0].preprocess is not None and len(inputs[0].dims) == 4:
-        return inputs[0]
+        return inputs[0], inputs[0].preprocess
     names = ", ".join(spec.name for spec in inputs)
     hint = f"give an .npz file with {names}, samples along the first axis"
     raise UsageError("EA0143", f"this model takes no image file (inputs: {names})", hints=[hint])

@@ -34,8 +34,8 @@ def cache_folder() -> Path:
 def official_weights(model: Model, progress: Progress | None = None) -> Path:
     """Return the authors' weight file of `model`, downloaded on first use; its hash is the one recorded then.
 
-    Raises EA0124 without a usable address, EA0202 or EA0203 for a cache that cannot be written, EA0210 when the download
-    fails and EA0910 for a hash that differs. A failed download leaves nothing behind.
+    Raises EA0124 without a usable address, EA0202 or EA0203 for a cache that cannot be written, EA0210 when the
+    download fails and EA0910 for a hash that differs. A failed download leaves nothing behind.
     """
     url = model.checkpoint.url
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):

@@ -25,8 +25,8 @@ def load_image(
     """Return the image at `path` as float32 [1, 3, height, width], normalised.
 
     `size` is (height, width), by default the square crop of `preprocess`; the resize keeps its ratio to the crop.
-    Orientation tags are followed, an alpha channel is dropped, 16-bit grey is scaled to 8. Raises EA0141 for a file that
-    is no readable image.
+    Orientation tags are followed, an alpha channel is dropped, 16-bit grey is scaled to 8. Raises EA0141 for a file
+    that is no readable image.
     """
     plan = preprocess if isinstance(preprocess, Preprocess) else Preprocess(**preprocess)
     height, width = size or (plan.crop, plan.crop)
@@ -39,7 +39,7 @@ def load_image(
 def _read(path: Path) -> Image.Image:
     """Return the upright image in 8-bit RGB."""
     require("PIL")
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():
         raise UsageError("EA0141", f"{path}: {'a folder, not an image' if path.is_dir() else 'no such image'}")
@@ -48,7 +48,7 @@ def _read(path: Path) -> Image.Image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
-        foreign = isinstance(error, Image.UnidentifiedImageError)
+        foreign = isinstance(error, UnidentifiedImageError)
         what = "not an image" if foreign else "truncated, corrupt or unsupported image"
         raise UsageError("EA0141", f"{path}: {what}", why="" if foreign else str(error).split("\n")[0]) from error
 

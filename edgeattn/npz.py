@@ -1,4 +1,4 @@
-"""Samples from an .npz file, read from the archive piece by piece: memory holds one sample, whatever the file's size."""
+"""Samples from an .npz file, read piece by piece: memory holds one sample, whatever the size of the file."""
 
 from __future__ import annotations
 

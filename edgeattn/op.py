@@ -71,7 +71,7 @@ class Op:
         self._reference: Callable[..., Any] | None = None
         self._fast: Callable[..., Any] | None = None
         self._body: Body | None = None
-        self._torch: Any = None
+        self.torch_op: Any = None
         OPS.add(name, self)
 
     def reference(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,9 +113,10 @@ class Op:
             raise UsageError(
                 "EA0110", f"{self.name}: attributes are {list(self.signature.attributes)}; check {sorted(missing)}"
             )
+        self.signature.bind(self.name, [tensor.shape for tensor in tensors])
         if _plain.get():
-            return self._checked_reference(*tensors, **attributes)
-        return self._torch(*tensors, **attributes)
+            return self.call_reference(*tensors, **attributes)
+        return self.torch_op(*tensors, **attributes)
 
     def call_reference(self, *tensors: torch.Tensor, **attributes: Any) -> Any:
         """Run the defining PyTorch function."""
@@ -161,14 +162,9 @@ class Op:
             tensors.append(value.to(_DTYPES.get(tensor.dtype, dtype)))
         return tensors
 
-    def _checked_reference(self, *tensors: torch.Tensor, **attributes: Any) -> Any:
-        self.signature.bind(self.name, [tensor.shape for tensor in tensors])
-        return self.call_reference(*tensors, **attributes)
-
     def _run(self, *arguments: Any) -> Any:
         """Run on the CPU; outputs never alias inputs, as custom ops require."""
         tensors, attributes = self._separate(arguments)
-        self.signature.bind(self.name, [tensor.shape for tensor in tensors])
         return (self._fast or self.call_reference)(*tensors, **attributes)
 
     def _separate(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -200,7 +196,7 @@ class Op:
         define.register_fake(self._fake)
         if all(output.dtype == "T" for output in self.signature.outputs):
             define.register_autograd(self._backward, setup_context=self._save)
-        self._torch = define
+        self.torch_op = define
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         tensors, ctx.attributes = self._separate(inputs)

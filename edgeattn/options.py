@@ -1,4 +1,4 @@
-"""The options common to all verbs, and the decorator that turns a function into a verb: parse, configure, run, print."""
+"""The options common to all verbs, and the decorator that makes a function a verb: parse, configure, run, print."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def verb(
         own = _own_parameters(function)
         keys = _configured(own) if configurable else {}
         if configurable:
-            SCHEMA[name] = {key: kind for key, kind in keys.values()}
+            SCHEMA[name] = dict(keys.values())
 
         def run(ctx: typer.Context, **given: Any) -> None:
             common = (ctx.obj or Common()).merged({option: given.pop(option) for option in _DEFAULTS})
@@ -146,7 +146,9 @@ def _run(
             settings = config.resolve(
                 name, SCHEMA, file=common.config, settings=common.set or (), environment=os.environ
             )
-            filled = {option: settings[key] for option, (key, _) in keys.items() if key in settings and option not in flags}
+            filled = {
+                option: settings[key] for option, (key, _) in keys.items() if key in settings and option not in flags
+            }
             result = function(common, **{**given, **filled})
         print_result(name, result, as_json=common.json, stream=stdout)
         return result.exit_code
@@ -173,8 +175,10 @@ def _common_parameters(hidden: bool) -> list[inspect.Parameter]:
         kind, option = get_args(hints[name])
         option = copy.copy(option)
         option.hidden = hidden
-        annotation = Annotated[kind, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+        annotation: Any = Annotated[kind, option]
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
     return parameters
 
 

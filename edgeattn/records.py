@@ -43,6 +43,8 @@ _FAILURES: dict[int, tuple[type[EdgeAttnError], str]] = {
 class Report(dict[str, Any]):
     """A report document: exactly what `--json` prints and what the file in `reports/` holds."""
 
+    path: Path | None = None
+
     @property
     def verb(self) -> str:
         """Return the command that made it: "validate", "bench", ..."""
@@ -122,10 +124,12 @@ def save(report: Report, arrays: Arrays, folder: Path, output: Path | None = Non
     names them. Raises EA0202 without permission, EA0203 when the disk is full.
     """
     with _environment(folder if output is None else output.parent), _claimed(report.verb, folder, output) as path:
-        samples = path.with_suffix(".npz")
+        report.path, samples = path, path.with_suffix(".npz")
         report["samples_file"] = samples.name
         for result in report.get("results", ()):
             result["samples_file"] = samples.name
+        if "html" in report and report["html"]["skipped"] is None:
+            report["html"] = {"file": path.with_suffix(".html").name, "skipped": None}
         with _replacing(samples) as part, part.open("wb") as file:
             np.savez_compressed(file, **dict(arrays))
         with _replacing(path) as part:
@@ -152,7 +156,9 @@ def read(path: str | Path) -> tuple[Report, dict[str, NDArray[Any]]]:
         raise UsageError("EA0172", f"{file}: not a readable report", why=str(error)) from error
     if not isinstance(document, dict) or not str(document.get("schema", "")).startswith("edgeattn."):
         raise UsageError("EA0172", f"{file}: not a report of edgeattn (no schema)")
-    return Report(document), _arrays(file, document.get("samples_file"))
+    report = Report(document)
+    report.path = file
+    return report, _arrays(file, document.get("samples_file"))
 
 
 def _arrays(file: Path, name: Any) -> dict[str, NDArray[Any]]:

@@ -89,4 +89,3 @@ class Original:
     def _array(self, tensor: Any) -> Array:
         value: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         return value
-

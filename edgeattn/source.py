@@ -81,7 +81,12 @@ def _load(module: nn.Module, entry: Model, weights: str | None, allow_partial: b
         seed_weights(module)
         return "seeded"
     path = official_weights(entry, progress) if weights == "official" else Path(weights)
-    return load_checkpoint(module, path, entry.checkpoint, allow_partial=allow_partial).sha256
+    loaded = load_checkpoint(module, path, entry.checkpoint, allow_partial=allow_partial)
+    if progress and not loaded.fits:
+        progress.note(f"{path}: loaded in part, the rest seeded: {loaded.summary()}")
+        for line in loaded.differences():
+            progress.note(f"  {line}")
+    return loaded.sha256
 
 
 def _from_factory(name: str, shapes: Mapping[str, TensorSpec], weights: str | None) -> Source:

@@ -57,7 +57,7 @@ class Promises:
         )
 
     @property
-    def times(self) -> bool:
+    def timed(self) -> bool:
         """Return whether a promise can only be judged with latency measured."""
         return bool(self.latency) or self.stable or bool(self.versus and self.versus.get("results"))
 
@@ -71,7 +71,9 @@ def accuracy_gates(
     classified = any(output["top1"] is not None for output in metrics)
     for output, limit in zip(metrics, bands, strict=True):
         judged.append(_form(name, output))
-        judged.append(gates.judge("nan", output, explicit.get("nan", 0.0), _source("nan", explicit, "none allowed"), name))
+        judged.append(
+            gates.judge("nan", output, explicit.get("nan", 0.0), _source("nan", explicit, "none allowed"), name)
+        )
         rel = explicit.get("rel", limit.limit)
         judged.append(gates.judge("rel", output, rel, _source("rel", explicit, limit.source), name))
         if output["reference_nonfinite"]:
@@ -99,7 +101,9 @@ def latency_gates(name: str, result: Mapping[str, Any] | None, promises: Promise
     return judged
 
 
-def settle(contender: Contender, judged: Sequence[Gate], result: Mapping[str, Any] | None, promises: Promises) -> dict[str, Any]:
+def settle(
+    contender: Contender, judged: Sequence[Gate], result: Mapping[str, Any] | None, promises: Promises
+) -> dict[str, Any]:
     """Return the verdict of one backend: {verdict, reason, exit_code}."""
     if contender.role != "candidate":
         return {"verdict": "reference", "reason": "", "exit_code": 0}

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from edgeattn.errors import EdgeAttnError, UnsupportedError
+from edgeattn.errors import AccuracyError, EdgeAttnError, UnsupportedError
 from edgeattn.tensors import Dim
 
+_SPECIALIZED = re.compile(r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
+_GUARD = re.compile(r"satisfy the generated guard (.*)\.")
+_USER_LINE = re.compile(r'File "([^"]+)", line (\d+), in forward')
 # The shape of every input; a Dim with a name stays dynamic.
 Shapes = Mapping[str, Sequence["int | Dim"]]
 
@@ -40,11 +45,29 @@ def trace(
     except EdgeAttnError:
         raise
     except Exception as error:
-        raise UnsupportedError(
-            "EA0301",
-            f"{type(module).__name__}: cannot be captured: {first_line(error)}",
-            hints=["run with --debug for the full trace", *(["keep sizes fixed: leave out --dim"] if dynamic else [])],
-        ) from error
+        raise _explain(error, type(module).__name__, dynamic is not None) from error
+
+
+def _explain(error: Exception, name: str, dynamic: bool) -> EdgeAttnError:
+    """Return our error for what torch.export said: the sizes it had to fix, or its first line with the user's line."""
+    text = str(error)
+    fixed = [f"{dim} = {size}" for dim, size in _SPECIALIZED.findall(text)]
+    if fixed:
+        listed = ", ".join(dict.fromkeys(fixed))
+        return AccuracyError(
+            "EA0703", f"{name}: dimensions were baked in: {listed}", hints=["leave out --dim for them"]
+        )
+    guards = [" ".join(guard.split()) for guard in _GUARD.findall(text)]
+    if guards:
+        return UnsupportedError(
+            "EA0302", f"{name}: not every size of the range works: {guards[0]}", hints=["narrow the range of --dim"]
+        )
+    return UnsupportedError(
+        "EA0301",
+        f"{name}: cannot be captured: {first_line(error)}",
+        where=", line ".join(next(iter(_USER_LINE.findall(text)), ())),
+        hints=["run with --debug for the full trace", *(["keep sizes fixed: leave out --dim"] if dynamic else [])],
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -57,16 +80,18 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's notes about packages that are not installed and torch's own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence torch: notes about packages that are not installed, deprecations, and whole graphs when it fails."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _dynamic(shape: Sequence[int | Dim]) -> dict[int, torch.export.Dim]:

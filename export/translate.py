@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -27,6 +27,7 @@ _ATTRIBUTE_TYPES = {
     "float": defs.OpSchema.AttrType.FLOAT,
     "ints": defs.OpSchema.AttrType.INTS,
 }
+_FAILED_NODE = re.compile(r"Error when translating node %(\w+)")
 # Stack traces name files of this machine; the FX text repeats the graph.
 _DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
@@ -56,9 +57,7 @@ def translate(
     except EdgeAttnError:
         raise
     except Exception as error:
-        raise UnsupportedError(
-            "EA0401", f"no lowering: {first_line(error)}", hints=["list them: edgeattn ops check MODEL"]
-        ) from error
+        raise _explain(error, program) from error
     assert exported is not None
     model: ir.Model = exported.model
     model.ir_version = IR_VERSION
@@ -68,6 +67,40 @@ def translate(
         for key in _DROPPED_METADATA:
             node.metadata_props.pop(key, None)
     return model
+
+
+def _explain(error: Exception, program: torch.export.ExportedProgram) -> UnsupportedError:
+    """Return EA0401 with the operator, the PyTorch module that calls it, its source line and how often it is used."""
+    text = "\n".join(str(each) for each in _causes(error))
+    named = _FAILED_NODE.search(text)
+    # A decomposition drops the prefix of the operator it stands for: special_bessel_j0 becomes bessel_j0.
+    node = next((each for each in program.graph.nodes if named and each.name.endswith(named[1])), None)
+    if node is None:
+        return UnsupportedError("EA0401", f"no lowering: {first_line(error)}")
+    count = sum(each.target == node.target for each in program.graph.nodes)
+    return UnsupportedError(
+        "EA0401",
+        f"no lowering for {str(node.target).removesuffix('.default')}",
+        where=f"{_module_of(node)}{_line_of(node)}, used {count} {'time' if count == 1 else 'times'}",
+        why="the ONNX exporter has no translation and no edgeattn op covers it",
+        hints=["rewrite it in PyTorch, or register an op: edgeattn ops show single_head_attention is an example"],
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _module_of(node: torch.fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0].removeprefix("L['self'].") or "the top module" if stack else "the top module"
+
+
+def _line_of(node: torch.fx.Node) -> str:
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f" ({lines[-1][0]}:{lines[-1][1]})" if lines else ""
 
 
 def _name_sizes(model: ir.Model, shapes: Shapes) -> None:

@@ -1,7 +1,6 @@
 """Selective scan (Mamba, MobileMamba, Vim): a linear recurrence per channel, summed over scan directions."""
 
-import math
-
+import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +44,7 @@ def reference(
     outputs = []
     for t in range(drive.shape[3]):
         state = decay[..., t, :] * state + drive[..., t, :]
-        outputs.append((state * leave[..., t].unsqueeze(2)).sum(-1))
+        outputs.append(torch.einsum("bkds,bks->bkd", state, leave[..., t]))
     y = torch.stack(outputs, -1) + Dskip.unsqueeze(-1) * x  # [b, k, d, l]
     return _merged(y, directions).to(u.dtype)
 
@@ -71,7 +70,7 @@ def fast(
     decay = torch.exp(step.unsqueeze(-1) * A)  # [l, b, k, d, s]
     drive = (step * x).unsqueeze(-1) * enter.unsqueeze(3)
     state = _recurrence(decay, drive)
-    y = torch.einsum("lbkds,lbks->lbkd", state, leave) + Dskip * x
+    y = (state * leave.unsqueeze(3)).sum(-1) + Dskip * x
     return _merged(y.movedim(0, 3), directions).to(u.dtype)
 
 
@@ -93,13 +92,15 @@ def _recurrence(decay: Tensor, drive: Tensor) -> Tensor:
 
 def _visited(x: Tensor, directions: list[int]) -> Tensor:
     """Return x [b, k or 1, ..., l] in visiting order per direction, [b, k, ..., l], float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).expand(-1, len(directions), -1, -1)
-    return torch.stack([x[:, k].flip(-1) if way else x[:, k] for k, way in enumerate(directions)], 1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = x.split(1, 1) if x.shape[1] > 1 else [x] * len(directions)
+    return torch.cat([part.flip(-1) if way else part for part, way in zip(parts, directions, strict=True)], 1)
 
 
 def _merged(y: Tensor, directions: list[int]) -> Tensor:
     """Return the sum over directions of y [b, k, d, l], each put back in natural order."""
-    return torch.stack([y[:, k].flip(-1) if way else y[:, k] for k, way in enumerate(directions)]).sum(0)
+    parts = zip(y.unbind(1), directions, strict=True)
+    return functools.reduce(torch.add, [part.flip(-1) if way else part for part, way in parts])
 
 
 op.cases = [

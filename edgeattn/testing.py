@@ -1,0 +1,104 @@
+"""The contracts of an op as functions that raise: what this repository's tests run, usable for a user's own op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import helper, shape_inference
+
+from edgeattn.export.lower import link_bodies
+from edgeattn.export.parity import run_bytes
+from edgeattn.export.translate import IR_VERSION, OPSET, register_schema
+from edgeattn.op import DOMAIN, Op
+
+# Largest error relative to the RMS of the float64 reference. Half precision: inputs and outputs are rounded, the inside
+# is float32 (operators.md, section 7).
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_ONNX_TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
+_INTEGERS = {"int32": onnx.TensorProto.INT32, "float32": onnx.TensorProto.FLOAT}
+
+
+def check_torch(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Raise AssertionError unless the torch custom op agrees with the float64 reference and its fake is right."""
+    inputs = op.example(case, dtype)
+    _, attributes = op.split_case(case)
+    found = as_tuple(op(*inputs, **attributes))
+    compare(op, found, expected_outputs(op, inputs, attributes), dtype)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op.torch_op, (*inputs, *attributes.values()), test_utils=tests)
+
+
+def check_body(op: Op, case: Mapping[str, Any], dtype: torch.dtype, *, dynamic: bool = False) -> None:
+    """Raise AssertionError unless the ONNX body, in ONNX Runtime, agrees with the float64 reference.
+
+    With `dynamic` every dim is symbolic and the generic body is used. The graph passes the ONNX checker, and shape
+    inference through the schema gives the shapes of the outputs.
+    """
+    inputs = op.example(case, dtype)
+    dims, attributes = op.split_case(case)
+    model = one_node_model(op, {name: None if dynamic else size for name, size in dims.items()}, attributes, dtype)
+    inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    linked = ir.serde.serialize_model(link_bodies(ir.serde.deserialize_model(inferred)))
+    onnx.checker.check_model(linked, full_check=True)
+    names = [tensor.name for tensor in op.signature.inputs]
+    feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    found = tuple(torch.from_numpy(array) for array in run_bytes(linked.SerializeToString(), feeds))
+    expected = expected_outputs(op, inputs, attributes)
+    compare(op, found, expected, dtype)
+    if not dynamic:
+        shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in inferred.graph.output]
+        assert shapes == [list(value.shape) for value in expected], f"{op.name}: inferred {shapes}"
+
+
+def one_node_model(
+    op: Op, dims: Mapping[str, int | None], attributes: Mapping[str, Any], dtype: torch.dtype
+) -> onnx.ModelProto:
+    """Return a graph of one unlinked node of `op`; a dim of None becomes a symbol of that name."""
+    register_schema(op)
+    own = _ONNX_TYPES[dtype]
+    inputs = [
+        helper.make_tensor_value_info(
+            tensor.name,
+            _INTEGERS.get(tensor.dtype, own),
+            [int(dim) if dim.isdigit() else dims[dim] or dim for dim in tensor.dims],
+        )
+        for tensor in op.signature.inputs
+    ]
+    outputs = [
+        helper.make_tensor_value_info(tensor.name, _INTEGERS.get(tensor.dtype, own), None)
+        for tensor in op.signature.outputs
+    ]
+    names = [value.name for value in inputs], [value.name for value in outputs]
+    node = helper.make_node(op.onnx_name, *names, name=op.name, domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], op.name, inputs, outputs)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+
+def expected_outputs(op: Op, inputs: list[torch.Tensor], attributes: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Return the reference in float64 on exactly these inputs."""
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    return as_tuple(op.call_reference(*wide, **attributes))
+
+
+def compare(op: Op, found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
+    """Raise AssertionError unless integers are equal and floats within the tolerance of `dtype`, shapes included."""
+    for formal, value, want in zip(op.signature.outputs, found, expected, strict=True):
+        place = f"{op.name}.{formal.name}"
+        assert value.shape == want.shape, f"{place}: shape {tuple(value.shape)}, expected {tuple(want.shape)}"
+        if not want.is_floating_point():
+            assert torch.equal(value, want.to(value.dtype)), f"{place}: integers differ"
+            continue
+        scale = float(want.square().mean().sqrt()) or 1.0
+        error = float(np.abs((value.double() - want).numpy()).max()) / scale
+        assert error <= TOLERANCES[dtype], f"{place}: error {error:.1e} of the RMS, limit {TOLERANCES[dtype]:.0e}"
+
+
+def as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of an op as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
