@@ -14,18 +14,14 @@ if TYPE_CHECKING:
     from edgeattn.pipeline import export_model as export_model
     from edgeattn.session import Session as Session
     from edgeattn.session import load as load
-    from edgeattn.validate import bench as bench
-    from edgeattn.validate import validate as validate
 
 __version__ = "0.1.0"
 _HOMES = {
     "Bundle": "bundle",
     "EdgeAttnError": "errors",
     "Session": "session",
-    "bench": "validate",
     "export_model": "pipeline",
     "load": "session",
-    "validate": "validate",
 }
 
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from edgeattn.model import MODELS, Model
 from edgeattn.op import OPS, Op
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return rows as aligned columns, the first row being the heads; columns in `right` are right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+from edgeattn.report import table
 
 
 def model_entry(model: Model) -> dict[str, Any]:
@@ -36,7 +24,7 @@ def models() -> tuple[str, list[dict[str, Any]]]:
     for model in MODELS:
         top1 = f"{model.top1:.1f} %" if model.top1 is not None else "-"
         rows.append((model.name, model.family, _sizes(model), f"{model.parameters / 1e6:.2f} M", _macs(model), top1))
-    return table(rows, right=(3, 4, 5)), [model_entry(model) for model in MODELS]
+    return table(rows), [model_entry(model) for model in MODELS]
 
 
 def model(name: str) -> tuple[str, dict[str, Any]]:

@@ -26,8 +26,20 @@ for _name, _app, _help in (
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
 Backends = Annotated[list[str] | None, typer.Option("--backend", help="ort or torch; repeatable.")]
+ReportPath = Annotated[Path, typer.Argument(metavar="REPORT", help="A report file, or a bundle for its latest.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Data = Annotated[str | None, typer.Option(metavar="DIR|FILE|seed:N", help="Images, an .npz, or seeded inputs.")]
+Maxima = Annotated[list[str] | None, typer.Option("--max", metavar="METRIC=VALUE", help="A limit: p50=4ms ...")]
+Versus = Annotated[Path | None, typer.Option("--vs", metavar="REPORT", help="Compare with a stored report.")]
+Regress = Annotated[str | None, typer.Option(metavar="PERCENT", help="Loss allowed against --vs (3%).")]
+Stable = Annotated[bool | None, typer.Option("--require-stable/--no-require-stable", help="Fail when unstable.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")]
+Duration = Annotated[str, typer.Option(metavar="TIME", help="Measured time per backend.")]
+Html = Annotated[bool | None, typer.Option("--html/--no-html", help="Write a page with plots.")]
+Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write one test case per gate.")]
+ReportFile = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="The report file.")]
 
 
 @verb(app, "export", "edgeattn export shvit_s1 --target orin")
@@ -47,7 +59,7 @@ def export(
     dump_passes: Annotated[Path | None, typer.Option(metavar="DIR", help="Graphs around every pass.")] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Take the weights that fit.")] = False,
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, kept in the bundle.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    force: Force = False,
 ) -> Result:
     """Compile MODEL into a bundle: trace, rewrite, lower, check. No GPU is needed."""
     from edgeattn import outcome
@@ -81,22 +93,107 @@ def validate(
     common: Common,
     bundle: BundlePath,
     backend: Backends = None,
-    data: Annotated[str | None, typer.Option(metavar="DIR|FILE.npz|seed:N", help="Default: golden and seeded.")] = None,
+    data: Data = None,
     samples: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
     level: Annotated[str | None, typer.Option(help="outputs, modules or nodes.")] = None,
     gate: Annotated[list[str] | None, typer.Option("--gate", metavar="NAME=VALUE", help="Replace a band.")] = None,
     latency: Annotated[bool | None, typer.Option("--latency/--no-latency", help="Measure latency too.")] = None,
-    maximum: Annotated[list[str] | None, typer.Option("--max", metavar="METRIC=VALUE", help="p50=4ms ...")] = None,
-    versus: Annotated[Path | None, typer.Option("--vs", metavar="REPORT", help="A stored report.")] = None,
-    regress: Annotated[str | None, typer.Option(metavar="PERCENT", help="Allowed loss against --vs.")] = None,
-    require_stable: Annotated[bool | None, typer.Option("--require-stable/--no-require-stable")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
+    maximum: Maxima = None,
+    versus: Versus = None,
+    regress: Regress = None,
+    require_stable: Stable = None,
+    compiled: Compiled = False,
     threads: Threads = None,
-    html: Annotated[bool, typer.Option("--html/--no-html", help="Write a page with plots.")] = True,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="One test case per gate.")] = None,
+    duration: Duration = "3s",
+    html: Html = None,
+    junit: Junit = None,
+    output: ReportFile = None,
+    force: Force = False,
 ) -> Result:
     """Compare BUNDLE with its PyTorch original: accuracy and latency, pass or fail."""
-    raise NotImplementedError
+    from edgeattn.report import show
+    from edgeattn.validate import validate as compare
+
+    if common.dry_run:
+        return _planned("validate", bundle, backend, data)
+    found = compare(
+        bundle,
+        backends=backend or (),
+        data=data,
+        samples=samples,
+        level=level,
+        gates=gate or (),
+        latency=latency,
+        maximum=maximum or (),
+        versus=versus,
+        regress=regress,
+        require_stable=require_stable,
+        compile=compiled,
+        threads=threads,
+        duration=duration,
+        html=html,
+        junit=junit,
+        output=output,
+        force=force,
+        progress=common.tracker(),
+    )
+    return Result(show(found), found, found["exit_code"])
+
+
+@verb(app, "bench", "edgeattn bench shvit_s1-fp32.edgeattn --duration 10s --max p50=5ms")
+def bench(
+    common: Common,
+    bundle: BundlePath,
+    backend: Backends = None,
+    data: Data = None,
+    maximum: Maxima = None,
+    versus: Versus = None,
+    regress: Regress = None,
+    require_stable: Stable = None,
+    compiled: Compiled = False,
+    threads: Threads = None,
+    duration: Duration = "3s",
+    html: Html = None,
+    junit: Junit = None,
+    output: ReportFile = None,
+    force: Force = False,
+) -> Result:
+    """Measure the latency of BUNDLE on every backend, in alternating rounds."""
+    from edgeattn.report import show
+    from edgeattn.validate import bench as measure
+
+    if common.dry_run:
+        return _planned("bench", bundle, backend, data)
+    found = measure(
+        bundle,
+        backends=backend or (),
+        data=data,
+        maximum=maximum or (),
+        versus=versus,
+        regress=regress,
+        require_stable=require_stable,
+        compile=compiled,
+        threads=threads,
+        duration=duration,
+        html=html,
+        junit=junit,
+        output=output,
+        force=force,
+        progress=common.tracker(),
+    )
+    return Result(show(found), found, found["exit_code"])
+
+
+def _planned(what: str, path: Path, backends: list[str] | None, data: str | None) -> Result:
+    """Check bundle and backends, and say what would be measured."""
+    from edgeattn.backends import choose, usable
+    from edgeattn.bundle import Bundle
+
+    opened = Bundle.open(path)
+    opened.verify()
+    names = [choose(name) for name in backends or usable()]
+    document = {"dry_run": True, "bundle": str(path), "backends": names, "data": data}
+    return Result(f"dry run: would {what} {path} on {', '.join(names)} with {data or 'its own inputs'}", document)
 
 
 @verb(app, "run", "edgeattn run shvit_s1-fp32.edgeattn cat.jpg --labels names.txt")
@@ -109,7 +206,7 @@ def run(
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one per line.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npz", help="Save outputs.")] = None,
     threads: Threads = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> Result:
     """Run images or arrays through BUNDLE and print the best classes."""
     from edgeattn.inference import run_inputs
@@ -201,3 +298,41 @@ def ops_show(common: Common, name: Annotated[str, typer.Argument(metavar="OP")])
     from edgeattn import catalogue
 
     return Result(*catalogue.op(name))
+
+
+@verb(report, "report show", "edgeattn report show shvit_s1-fp32.edgeattn", configurable=False)
+def report_show(common: Common, path: ReportPath) -> Result:
+    """Show a stored report, or the latest one of a bundle."""
+    from edgeattn.records import read
+    from edgeattn.report import show
+
+    found, _ = read(path)
+    return Result(show(found), {**found, "exit_code": 0})
+
+
+@verb(report, "report diff", "edgeattn report diff old.json new.json", configurable=False)
+def report_diff(common: Common, old: ReportPath, new: ReportPath) -> Result:
+    """Compare two reports: what became more or less accurate, faster or slower."""
+    from edgeattn.records import read
+    from edgeattn.report import diff, show_diff
+
+    changes = diff(read(old)[0], read(new)[0])
+    return Result(show_diff(changes), changes)
+
+
+@verb(report, "report html", "edgeattn report html shvit_s1-fp32.edgeattn -o report.html", configurable=False)
+def report_html(
+    common: Common,
+    path: ReportPath,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.html")] = None,
+    force: Force = False,
+) -> Result:
+    """Render a report as one offline page with plots."""
+    from edgeattn.records import check_writable, read, write_text
+    from edgeattn.report import html
+
+    found, arrays = read(path)
+    place = output or (found.path or path).with_suffix(".html")
+    check_writable(place.parent, place, force or output is None)
+    write_text(place, html(found, arrays))
+    return Result(f"page: {place}", {"page": str(place)})

@@ -76,7 +76,7 @@ class Contender:
         except Exception as error:
             # A backend may raise anything while it runs; whatever it is, there are no outputs to call right.
             why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            self.fail(AccuracyError("EA0702", f"{self.name}: fails to run {sample}: {why[:200]}"))
+            self.fail(AccuracyError("EA0710", f"{self.name}: fails to run {sample}: {why[:200]}"))
             return None
 
 

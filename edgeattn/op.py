@@ -66,6 +66,8 @@ class Op:
         self.signature = signature.parse(text)
         self.triton: Kernel | None = None
         self.cases: Sequence[Mapping[str, Any]] = ()
+        # Batch, map and token sizes may change from call to call; channels, heads and states are fixed by the weights.
+        self.dynamic: Sequence[str] = ("b", "h", "w", "l", "n", "m")
         self.ranges: Mapping[str, tuple[float, float]] = {}
         self.doc = ""
         self._reference: Callable[..., Any] | None = None

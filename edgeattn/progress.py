@@ -1,4 +1,4 @@
-"""Progress on stderr: one live line per stage on a terminal, a line at start and end (and heartbeats) elsewhere."""
+"""Progress on stderr: one live line for the current stage on a terminal, lines and heartbeats elsewhere."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ class Stage:
 class Progress:
     """Tells the story of a command on `stream` (stderr), and keeps its finished stages in `stages`.
 
-    `live` rewrites one line per stage (default: when the stream is a terminal); otherwise a line is written every
-    `heartbeat` seconds of silence. With `enabled=False` nothing is written and stages are only recorded.
+    `live` rewrites one line, which a finished stage takes away: the result of the command tells of all stages. It is the
+    default on a terminal; elsewhere a stage has a line at its start and end, and one every `heartbeat` seconds. With
+    `enabled=False` nothing is written and stages are only recorded.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class Progress:
             yield stage
         except BaseException:
             self._stop(done, ticker)
-            self._end(f"{stage.running()}   failed")
+            self._end(f"{stage.running()}   failed\n")
             raise
         self._stop(done, ticker)
         stage.seconds = stage.elapsed()
         self.stages.append(stage)
-        self._end(stage.line())
+        self._end("" if self.live else f"{stage.line()}\n")
 
     def note(self, text: str) -> None:
         """Write one line between stages: something the user should know that is no error."""
@@ -91,11 +92,11 @@ class Progress:
 
     def _begin(self, stage: Stage) -> None:
         if self.enabled and not self.live:
-            self._write(f"  {stage.name:<10} {stage.what} ...".rstrip() + "\n")
+            self._write(f"  {stage.name:<10} {f'{stage.what} ...'.lstrip()}\n")
 
     def _end(self, line: str) -> None:
         if self.enabled:
-            self._write(f"{_CLEAR if self.live else ''}{line}\n")
+            self._write(f"{_CLEAR if self.live else ''}{line}")
 
     def _tick(self, stage: Stage, done: threading.Event) -> None:
         """Repeat the row of a running stage until it is done."""

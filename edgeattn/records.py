@@ -120,8 +120,8 @@ def check_writable(folder: Path, output: Path | None, force: bool) -> None:
 def save(report: Report, arrays: Arrays, folder: Path, output: Path | None = None) -> Path:
     """Write the report and its arrays (`.npz` beside it) and return the path of the JSON file.
 
-    Without `output` the name is the next free `reports/<verb>-NNNN.json`. The samples are there before the document that
-    names them. Raises EA0202 without permission, EA0203 when the disk is full.
+    Without `output` the name is the next free `reports/<verb>-NNNN.json`. The samples are there before the document
+    that names them. Raises EA0202 without permission, EA0203 when the disk is full.
     """
     with _environment(folder if output is None else output.parent), _claimed(report.verb, folder, output) as path:
         report.path, samples = path, path.with_suffix(".npz")
@@ -131,7 +131,7 @@ def save(report: Report, arrays: Arrays, folder: Path, output: Path | None = Non
         if "html" in report and report["html"]["skipped"] is None:
             report["html"] = {"file": path.with_suffix(".html").name, "skipped": None}
         with _replacing(samples) as part, part.open("wb") as file:
-            np.savez_compressed(file, **dict(arrays))
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         with _replacing(path) as part:
             text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
             part.write_text(text + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ class Sample:
 
 
 def golden(bundle: Bundle) -> Iterator[Sample]:
-    """Yield the inputs kept in the bundle with the outputs that PyTorch gave at export; nothing for a bundle without."""
+    """Yield the inputs kept in the bundle with the outputs that PyTorch gave at export, if there are any."""
     if GOLDEN_INPUTS not in bundle.files:
         return
     inputs = bundle.arrays(GOLDEN_INPUTS)

@@ -50,8 +50,8 @@ def validate(
 ) -> Report:
     """Compare a bundle with its PyTorch original in float32 and return the report, also written to `reports/`.
 
-    The options are those of `edgeattn validate`. `latency` None measures; `html` None writes the page where its packages
-    are installed, True demands it. A run that does not pass still returns: see `verdict`, `exit_code` and
+    The options are those of `edgeattn validate`. `latency` None measures; `html` None writes the page where its
+    packages are installed, True demands it. A run that does not pass still returns: see `verdict`, `exit_code` and
     `raise_for_verdict()`. Raises what makes a run impossible: EA01xx for options and data, EA02xx for missing packages
     or permissions, EA09xx for a damaged bundle.
     """

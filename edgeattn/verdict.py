@@ -21,7 +21,7 @@ _EXPLICIT = "given with --gate"
 
 @dataclass(frozen=True)
 class Promises:
-    """What this run must keep: `accuracy` limits replace the derived bands, `latency` in ms and MiB, `versus` a report."""
+    """What this run must keep: `accuracy` limits replace the derived bands, `latency` is in ms and MiB."""
 
     accuracy: Mapping[str, float] = field(default_factory=dict)
     latency: Mapping[str, float] = field(default_factory=dict)

@@ -44,6 +44,8 @@ def to_float16(model: ir.Model, keep: Sequence[str] = (), plan: Mapping[str, str
     `keep` are module path patterns (`blocks.2.*`) that stay float32; `plan` maps a node name to "float32" or "float16"
     and wins over everything else. Raises EA0403 when a value has no type.
     """
+    for position, node in enumerate(model.graph):
+        node.name = node.name or f"node_{node.op_type}_{position}"
     choices = [_choose(node, keep, plan or {}) for node in model.graph if _is_floating(node)]
     low = {choice.node for choice in choices if choice.dtype == "float16"}
     ops = dict(edge_nodes(model))

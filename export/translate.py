@@ -173,6 +173,8 @@ def _infer(op: Op, context: Any) -> None:
         for dim, size in zip(tensor.dims, kind.tensor_type.shape.dim, strict=False):
             value = size.dim_value if size.HasField("dim_value") else size.dim_param or None
             sizes[dim] = value if not isinstance(sizes.get(dim), int) else sizes[dim]
+    integers = [name for name, kind in op.signature.attributes.items() if kind == "int"]
+    sizes.update({name: context.get_attribute(name).i for name in integers})
     for position, output in enumerate(op.signature.outputs):
         context.set_output_type(position, _output_type(op, output, types, sizes))
 

@@ -7,6 +7,7 @@ from edgeattn.kernels._haar import filters, filters_text
 from edgeattn.op import Op
 
 op = Op("haar_idwt", "(s[b e p q], base[b c h w]) -> (out[b c h w])")  # e = 4 c, p = ceil(h / 2), q = ceil(w / 2)
+op.dynamic = ("b", "h", "w", "p", "q")
 
 
 @op.reference

@@ -7,6 +7,7 @@ from torch import Tensor
 from edgeattn.op import Op
 
 op = Op("upsample_gate_mul", "(x[b c h w], g[b c i j]) -> (out[b c h w])")
+op.dynamic = ("b", "h", "w", "i", "j")
 
 
 @op.reference
