@@ -181,7 +181,7 @@ def writing(path: str | Path, force: bool = False) -> Iterator[Path]:
         try:
             folder.mkdir()
             yield folder
-            _replace(final, folder)
+            _replace(final, folder, force)
         except EdgeAttnError:
             raise
         except Exception as error:
@@ -202,8 +202,9 @@ def _check_output(final: Path, force: bool) -> None:
         raise UsageError("EA0108", f"{final}: not a bundle, will not be replaced", hints=["-o names another folder"])
 
 
-def _replace(final: Path, folder: Path) -> None:
+def _replace(final: Path, folder: Path, force: bool) -> None:
     """Give the finished folder its name; what stood there is back if that fails."""
+    _check_output(final, force)  # another process may have been faster
     if not os.path.lexists(final):
         os.rename(folder, final)
         return

@@ -37,7 +37,8 @@ class Gate:
     def as_dict(self) -> dict[str, Any]:
         """Return the entry of a report's `gates` list."""
         record = asdict(self)
-        return {**record, "pass": record.pop("passed")}
+        passed = record.pop("passed")
+        return {**record, "pass": passed}
 
 
 def at_most(name: str, value: float | None, limit: float, source: str, backend: str, **place: str) -> Gate:

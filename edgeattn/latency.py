@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeattn import conditions
 
-ROUNDS = 30
+ROUNDS = 20
 FEWEST_ROUNDS = 5
 WINDOW = 50
 SETTLED = 0.01
@@ -22,6 +22,8 @@ P99_SAMPLES = 1000
 LEVEL = 0.95
 _RESAMPLES = 2000
 _FEWEST_WARMUP = 3
+# Worker threads of ONNX Runtime keep spinning for about 60 ms after a call and halve the speed of whoever runs next.
+_PAUSE_S = 0.1
 
 # Limits of "stable". A quiet desktop stays under a third of each; a second busy process exceeds at least one.
 DRIFT, SPREAD, OUTLIERS = 0.05, 0.10, 0.05
@@ -77,12 +79,13 @@ def measure(
     fewest: int = FEWEST_ROUNDS,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    pause: Callable[[float], None] = time.sleep,
 ) -> Measurement:
     """Time every callable for about `duration` seconds, in rounds that alternate between them.
 
     Every callable warms up first, until its last 50 times have settled or for `warmup` seconds at most. All then get
     the same number of rounds, and the order turns by one each round. Rounds are added until each callable has `fewest`
-    samples, but never beyond ten times `duration` (or five rounds, whichever is more).
+    samples, but never beyond ten times `duration` (or five rounds, whichever is more). Between two turns all rest.
     """
     tell = progress or (lambda _: None)
     warm: dict[str, Warmup] = {}
@@ -98,6 +101,8 @@ def measure(
     try:
         for _ in range(_rounds(warm, slice_s, duration, fewest)):
             for name in order:
+                if len(order) > 1:
+                    pause(_PAUSE_S)
                 taken[name].append(_time_slice(runners[name], slice_s, warm[name].typical_s, start, clock))
             order = order[1:] + order[:1]
     finally:
@@ -207,8 +212,7 @@ def _time_slice(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return milliseconds per call and start times of one turn.
 
-    Where a turn holds several calls, the first is not counted: it pays for the caches and the still spinning threads of
-    the callable before it.
+    Where a turn holds several calls, the first is not counted: it pays for the caches that the callable before it used.
     """
     if typical_s * 3 <= slice_s:
         run()

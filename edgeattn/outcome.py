@@ -55,7 +55,7 @@ def compared(name: str, found: Loaded) -> Result:
 
 def _headline(model: str, options: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> str:
     shapes = [TensorSpec.from_dict(entry) for entry in inputs]
-    words = [f"{spec.name}={'x'.join(map(str, spec.dims))}" for spec in shapes]
+    words = [f"{spec.name}={'x'.join(dim.name or str(dim) for dim in spec.dims)}" for spec in shapes]
     left = "  ".join([model, options["precision"], *options["targets"], *words])
     return f"{left:<{_WIDTH - 16}} edgeattn {__version__}"
 

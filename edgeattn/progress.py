@@ -46,9 +46,9 @@ class Stage:
 class Progress:
     """Tells the story of a command on `stream` (stderr), and keeps its finished stages in `stages`.
 
-    `live` rewrites one line, which a finished stage takes away: the result of the command tells of all stages. It is the
-    default on a terminal; elsewhere a stage has a line at its start and end, and one every `heartbeat` seconds. With
-    `enabled=False` nothing is written and stages are only recorded.
+    `live` rewrites one line, which a finished stage takes away: the result of the command tells of all stages. It is
+    the default on a terminal; elsewhere a stage has a line at its start and end, and one every `heartbeat` seconds.
+    With `enabled=False` nothing is written and stages are only recorded.
     """
 
     def __init__(

@@ -212,7 +212,7 @@ def ratio(result: Mapping[str, Any] | None, *, interval: bool = False) -> str:
     found = result and result["ratio"]
     if not found:
         return "-"
-    text = f"{number(found['value']):.2g}x" if number(found["value"]) < 10 else f"{number(found['value']):.0f}x"
+    text = f"{number(found['value']):.1f}x" if number(found["value"]) < 10 else f"{number(found['value']):.0f}x"
     known = interval and found["low"] is not None and found["to"] != result["backend"]  # type: ignore[index]
     return f"{text} ({number(found['low']):.2f}-{number(found['high']):.2f})" if known else text
 

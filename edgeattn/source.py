@@ -16,6 +16,7 @@ from torch import nn
 from edgeattn.download import official_weights
 from edgeattn.errors import UsageError
 from edgeattn.model import MODELS, InputSpec, Model
+from edgeattn.originals import load_program
 from edgeattn.progress import Progress
 from edgeattn.tensors import Dim, TensorSpec
 from edgeattn.weights import load_checkpoint, seed_weights
@@ -116,10 +117,7 @@ def _from_file(path: Path, shapes: Mapping[str, TensorSpec], weights: str | None
         )
     if not path.is_file():
         raise UsageError("EA0101", f"{path}: no such file")
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise UsageError("EA0101", f"{path}: not a torch.export file: {str(error).splitlines()[0][:200]}") from error
+    program = load_program(path)
     return Source(path.stem, program.module(), program_inputs(program), (), "own", program=program)
 
 
