@@ -185,7 +185,10 @@ def writing(path: str | Path, force: bool = False) -> Iterator[Path]:
         except EdgeAttnError:
             raise
         except Exception as error:
-            raise environment_error(error, final, folder) or error from error
+            known = environment_error(error, final, folder)
+            if known is None:
+                raise
+            raise known from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

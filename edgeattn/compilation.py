@@ -16,7 +16,7 @@ import torch
 
 from edgeattn.bundle import write_json, write_manifest
 from edgeattn.data import read_labels
-from edgeattn.export.parity import Array, example_feeds, run_torch
+from edgeattn.export.parity import Array, example_feeds, example_tensors, run_torch
 from edgeattn.export.trace import trace
 from edgeattn.progress import Progress, Stage
 from edgeattn.source import Source
@@ -80,7 +80,7 @@ def write_records(job: Compilation, folder: Path) -> None:
     ):
         arrays = [list(sample[0].values()) if column == 0 else sample[1] for sample in golden]
         stacked = {name: np.stack([sample[i] for sample in arrays]) for i, name in enumerate(names)}
-        np.savez(folder / "golden" / f"{file}.npz", **stacked)
+        np.savez(folder / "golden" / f"{file}.npz", allow_pickle=False, **stacked)
     report = {
         "schema": "edgeattn.export/1", "verdict": "pass", "exit_code": 0, "model": job.source.name,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": {"machine": platform.machine()},
@@ -95,9 +95,7 @@ def write_records(job: Compilation, folder: Path) -> None:
 def _original(source: Source) -> torch.export.ExportedProgram:
     if source.program is not None:
         return source.program
-    feeds = example_feeds(source.inputs, seed=0, size="trace")
-    example = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    return trace(source.module, example, {spec.name: list(spec.dims) for spec in source.inputs})
+    return trace(source.module, example_tensors(source.inputs), {spec.name: list(spec.dims) for spec in source.inputs})
 
 
 def _golden(source: Source, seed: int) -> tuple[dict[str, Array], list[Array]]:

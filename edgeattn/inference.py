@@ -137,6 +137,9 @@ def _replacing(output: Path) -> Iterator[Path]:
         yield part
         os.replace(part, output)
     except OSError as error:
-        raise environment_error(error, output, part) or error from error
+        known = environment_error(error, output, part)
+        if known is None:
+            raise
+        raise known from error
     finally:
         part.unlink(missing_ok=True)

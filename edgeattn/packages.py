@@ -29,7 +29,10 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise missing(error) or error from error
+        known = missing(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def missing(error: ModuleNotFoundError) -> MissingError | None:

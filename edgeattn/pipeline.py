@@ -16,11 +16,11 @@ from edgeattn.bundle import Bundle, writing
 from edgeattn.compilation import Compilation, write_files, write_records
 from edgeattn.errors import AccuracyError, UnsupportedError, UsageError
 from edgeattn.export.lower import edge_nodes, link_bodies
-from edgeattn.export.parity import example_feeds, run_graph
+from edgeattn.export.parity import example_feeds, example_tensors, run_graph
 from edgeattn.export.passes import Record, node_count, run_passes
 from edgeattn.export.precision import as_document, to_float16
 from edgeattn.export.trace import deploy, trace
-from edgeattn.export.translate import OPSET, translate
+from edgeattn.export.translate import OPSET, output_names, translate
 from edgeattn.progress import Progress
 from edgeattn.source import resolve
 from edgeattn.target import Target, get_target
@@ -110,9 +110,7 @@ def _trace(job: Compilation) -> torch.export.ExportedProgram:
             program = source.program
         else:
             align = min(target.channel_align for target in job.targets)
-            feeds = example_feeds(source.inputs, seed=0, size="trace")
-            example = {name: torch.from_numpy(array) for name, array in feeds.items()}
-            program = trace(deploy(source.module, align), example, shapes)
+            program = trace(deploy(source.module, align), example_tensors(source.inputs), shapes)
         calls = sum(node.op == "call_function" for node in program.graph.nodes)
         job.record(stage, f"{calls} operations", operations=calls)
     return program
@@ -121,7 +119,7 @@ def _trace(job: Compilation) -> torch.export.ExportedProgram:
 def _translate(job: Compilation, program: torch.export.ExportedProgram) -> None:
     with job.progress.stage("translate", f"opset {OPSET}") as stage:
         shapes = {spec.name: list(spec.dims) for spec in job.source.inputs}
-        names = list(job.source.outputs) or [f"output{i}" if i else "output" for i in range(_output_count(program))]
+        names = job.source.outputs or output_names(program)
         job.graph = translate(program, list(shapes), names, shapes)
         _refuse_baked_in(job.graph, job.source.inputs)
         counts = Counter(op.onnx_name for _, op in edge_nodes(job.graph))
@@ -236,10 +234,6 @@ def _read_plan(path: str | Path | None) -> dict[str, str]:
     if wrong:
         raise UsageError("EA0114", f"{path}: {wrong[0]}: dtype is float16 or float32")
     return plan
-
-
-def _output_count(program: torch.export.ExportedProgram) -> int:
-    return len(program.graph_signature.user_outputs)
 
 
 def _summary(job: Compilation, final: Path, status: str) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from torch import nn
 from edgeattn.export.lower import link_bodies
 from edgeattn.export.passes import run_passes
 from edgeattn.export.trace import Shapes, deploy, trace
-from edgeattn.export.translate import translate
+from edgeattn.export.translate import output_names, translate
 
 
 def compile_module(
-    module: nn.Module,
+    module: nn.Module | torch.export.ExportedProgram,
     inputs: Mapping[str, torch.Tensor],
     *,
-    outputs: Sequence[str] = ("output",),
+    outputs: Sequence[str] = (),
     shapes: Shapes | None = None,
     align: int = 1,
 ) -> ir.Model:
@@ -27,6 +27,7 @@ def compile_module(
     `inputs` are example tensors in the order of `forward`; a `Dim` in `shapes` stays dynamic; `align` is the multiple
     to which the deploy form pads split channels.
     """
-    model = translate(trace(deploy(module, align), inputs, shapes), list(inputs), outputs, shapes)
+    program = trace(deploy(module, align), inputs, shapes) if isinstance(module, nn.Module) else module
+    model = translate(program, list(inputs), outputs or output_names(program), shapes)
     run_passes(model)
     return link_bodies(model)

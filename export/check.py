@@ -56,7 +56,7 @@ def target_violations(model: ir.Model, target: Target) -> list[Violation]:
         return []
     found: Counter[tuple[str, str]] = Counter()
     modules: dict[tuple[str, str], str] = {}
-    for node, path in _flat_nodes(model):
+    for node, path in flat_nodes(model):
         reason = _refusal(node, target)
         if reason:
             found[node.op_type, reason] += 1
@@ -71,7 +71,7 @@ def operator_rules() -> dict[str, Any]:
     return table
 
 
-def _flat_nodes(model: ir.Model) -> list[tuple[ir.Node, str]]:
+def flat_nodes(model: ir.Model) -> list[tuple[ir.Node, str]]:
     """Return every node, those of linked bodies too, each with the module path of the call."""
     flat = []
     for node in model.graph.all_nodes():

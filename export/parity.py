@@ -30,6 +30,11 @@ def example_feeds(specs: Sequence[TensorSpec], seed: int, size: str = "opt") -> 
     return {spec.name: _example(spec, [_size(dim, size) for dim in spec.dims], seed) for spec in specs}
 
 
+def example_tensors(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
+    """Return example inputs for the tracer."""
+    return {name: torch.from_numpy(array) for name, array in example_feeds(specs, 0, "trace").items()}
+
+
 def run_torch(module: nn.Module, feeds: Feeds) -> list[Array]:
     """Return the outputs of the PyTorch module as arrays."""
     with torch.inference_mode():

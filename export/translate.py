@@ -69,6 +69,11 @@ def translate(
     return model
 
 
+def output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """Return names for the outputs of a program whose author gave none."""
+    return [f"output{i}" if i else "output" for i in range(len(program.graph_signature.user_outputs))]
+
+
 def _explain(error: Exception, program: torch.export.ExportedProgram) -> UnsupportedError:
     """Return EA0401 with the operator, the PyTorch module that calls it, its source line and how often it is used."""
     text = "\n".join(str(each) for each in _causes(error))

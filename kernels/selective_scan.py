@@ -1,6 +1,7 @@
 """Selective scan (Mamba, MobileMamba, Vim): a linear recurrence per channel, summed over scan directions."""
 
 import functools
+import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Export end to end: catalogue models, user modules and .pt2 files become checked bundles; what cannot leaves nothing."""
+"""Export end to end: catalogue models, user modules and .pt2 files become checked bundles; failures leave nothing."""
 
 import filecmp
 import json
