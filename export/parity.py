@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from edgeattn.data import seeded_images
+from edgeattn.data import seeded_input
 from edgeattn.export.lower import link_bodies
 from edgeattn.tensors import TensorSpec
 
@@ -22,12 +22,12 @@ Feeds = Mapping[str, Array]
 
 
 def example_feeds(specs: Sequence[TensorSpec], seed: int, size: str = "opt") -> dict[str, Array]:
-    """Return one seeded input per spec: images where it looks like one, else standard normal (integers 0 or 1).
+    """Return one seeded input per spec.
 
     `size` picks the size of dynamic dims: "min", "opt", "max", or "trace" (opt, but never 1: a size of 1 would be baked
     in by the tracer).
     """
-    return {spec.name: _example(spec, [_size(dim, size) for dim in spec.dims], seed) for spec in specs}
+    return {spec.name: seeded_input(seed, [_size(dim, size) for dim in spec.dims], spec.dtype) for spec in specs}
 
 
 def example_tensors(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
@@ -82,16 +82,6 @@ def _size(dim: Any, which: str) -> int:
     if which == "trace":
         return min(max(dim.opt, 2), dim.max) if dim.name else int(dim.opt)
     return int(getattr(dim, which))
-
-
-def _example(spec: TensorSpec, shape: list[int], seed: int) -> Array:
-    if len(shape) == 4 and shape[1] == 3 and spec.dtype == "float32":
-        images: Array = seeded_images(seed, tuple(shape))
-        return images
-    generator = np.random.default_rng(seed)
-    if spec.dtype.startswith("float"):
-        return generator.standard_normal(shape).astype(spec.dtype)
-    return generator.integers(0, 2, shape).astype(spec.dtype)
 
 
 def _half(array: Array) -> Array:

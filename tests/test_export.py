@@ -167,7 +167,7 @@ def test_user_factory_with_a_range(user_folder):
         ("mynet:number", {"inputs": ["x=1x3"]}, UsageError, "EA0101.*not a torch.nn.Module"),
         ("mynet:build", {}, UsageError, "EA0111.*give its inputs"),
         ("missing.pt2", {}, UsageError, "EA0101.*no such file"),
-        ("mynet.pt2", {}, UsageError, "EA0101.*not a torch.export file"),
+        ("mynet.pt2", {}, UsageError, "EA0109.*not a readable exported program"),
         ("shvit_s1", {"inputs": ["image=1x3"]}, UsageError, "EA0111.*needs 4 sizes"),
         ("shvit_s1", {"inputs": ["picture=1x3x8x8"]}, UsageError, "EA0111.*inputs are image"),
         ("shvit_s1", {"inputs": ["image=1x3xHx224"]}, UsageError, "EA0111.*H has no range"),
