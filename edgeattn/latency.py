@@ -102,8 +102,9 @@ def measure(
         for _ in range(_rounds(warm, slice_s, duration, fewest)):
             for name in order:
                 if len(order) > 1:
-                    pause(_PAUSE_S)
-                taken[name].append(_time_slice(runners[name], slice_s, warm[name].typical_s, start, clock))
+                    pause(min(_PAUSE_S, 2 * slice_s))
+                turn = _time_turn(runners[name], _calls(warm[name], slice_s), 3 * slice_s, start, clock)
+                taken[name].append(turn)
             order = order[1:] + order[:1]
     finally:
         if collecting:
@@ -202,29 +203,35 @@ def stability(timing: Timing, before: Mapping[str, Any], after: Mapping[str, Any
 def _rounds(warm: Mapping[str, Warmup], slice_s: float, duration: float, fewest: int) -> int:
     """Return the number of rounds: the duration, or as many more as the slowest callable needs for `fewest` samples."""
     wanted = math.ceil(duration / slice_s - 1e-9)
-    slowest = max(state.typical_s for state in warm.values())
-    enough = math.ceil(fewest / max(1, slice_s // slowest))
+    enough = math.ceil(fewest / min(_calls(state, slice_s) for state in warm.values()))
     return max(FEWEST_ROUNDS, wanted, min(enough, math.ceil(10 * duration / slice_s)))
 
 
-def _time_slice(
-    run: Runner, slice_s: float, typical_s: float, start: float, clock: Callable[[], float]
+def _time_turn(
+    run: Runner, calls: int, limit_s: float, start: float, clock: Callable[[], float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return milliseconds per call and start times of one turn.
+    """Return milliseconds per call and start times of one turn of `calls` calls.
 
-    Where a turn holds several calls, the first is not counted: it pays for the caches that the callable before it used.
+    The number is fixed: filling a time instead would count fast periods more often than slow ones. Only a turn that
+    exceeds `limit_s` ends early. Where it holds several calls, one more goes before them uncounted: it pays for the
+    caches that the callable before it used.
     """
-    if typical_s * 3 <= slice_s:
+    if calls >= _FEWEST_WARMUP:
         run()
     milliseconds: list[float] = []
     starts: list[float] = []
     began = now = clock()
-    while not starts or now - began + typical_s / 2 < slice_s:
+    while len(starts) < calls and (not starts or now - began < limit_s):
         starts.append(now - start)
         run()
         now, then = clock(), now
         milliseconds.append(1e3 * (now - then))
     return np.array(milliseconds), np.array(starts)
+
+
+def _calls(warm: Warmup, slice_s: float) -> int:
+    """Return how many calls fill a turn."""
+    return max(1, round(slice_s / max(warm.typical_s, 1e-9)))
 
 
 def _moved(times: list[float]) -> float:

@@ -61,13 +61,14 @@ class Report(dict[str, Any]):
 
 def reasons(report: Mapping[str, Any]) -> list[str]:
     """Return one line for everything that did not pass, the failed gates first."""
-    gates = [gate_line(gate) for gate in report.get("gates", ()) if not gate["pass"]]
-    problems = [
-        f"{backend['name']}: {backend['reason']}"
+    failed = [gate for gate in report.get("gates", ()) if not gate["pass"]]
+    judged = {gate["backend"] for gate in failed}
+    others = [
+        f"{backend['name']}: {backend['reason'].removeprefix(backend['name'] + ': ')}"
         for backend in report.get("backends", ())
-        if backend["verdict"] not in ("pass", "reference", "skipped") and backend["reason"]
+        if backend["verdict"] in ("fail", "unstable") and backend["name"] not in judged
     ]
-    return gates + problems
+    return [gate_line(gate) for gate in failed] + others
 
 
 def gate_line(gate: Mapping[str, Any]) -> str:

@@ -83,8 +83,7 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     same["host"] = old.get("host") == new.get("host")
     names = [sorted(entry["name"] for entry in side.get("backends", ())) for side in (old, new)]
     return {
-        "schema": "edgeattn.diff/1",
-        "verdict": {"old": old["verdict"], "new": new["verdict"]},
+        "verdicts": {"old": old["verdict"], "new": new["verdict"]},
         "same": same,
         "only_old": sorted(set(names[0]) - set(names[1])),
         "only_new": sorted(set(names[1]) - set(names[0])),
@@ -112,7 +111,7 @@ def show_diff(changes: Mapping[str, Any]) -> str:
     lines += [f"only in the new report: {name}" for name in changes["only_new"]]
     other = [name for name, same in changes["same"].items() if not same]
     lines += [f"differs: {', '.join(other)}"] if other else []
-    return "\n".join([*lines, f"verdict: {changes['verdict']['old']} -> {changes['verdict']['new']}"])
+    return "\n".join([*lines, f"verdict: {changes['verdicts']['old']} -> {changes['verdicts']['new']}"])
 
 
 def junit(report: Mapping[str, Any], path: Path) -> None:
@@ -159,7 +158,8 @@ def milliseconds(value: Any) -> str:
     if value is None:
         return "-"
     time = number(value)
-    return f"{time:.2f} ms" if time < 100 else f"{time:.0f} ms"
+    digits = 3 if time < 0.1 else 2 if time < 100 else 0
+    return f"{time:.{digits}f} ms"
 
 
 def _validate_rows(report: Mapping[str, Any]) -> list[list[str]]:

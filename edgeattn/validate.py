@@ -76,6 +76,7 @@ def validate(
         if latency is not False:
             # A latency counts only for what computes the right thing.
             passed = [name for name, found in judged.items() if all(gate.passed for gate in found)]
+            trial.warnings += [f"{name} is not timed: its accuracy failed" for name in judged if name not in passed]
             trial.time(stream.first().feeds, passed, duration=seconds(duration), fewest=FEWEST_ROUNDS, compile=compile)
     return run.finish(trial, promises, judged, stream)
 
@@ -179,7 +180,7 @@ def _body(trial: Trial, promises: Promises, judged: dict[str, list[Gate]], strea
         "inputs": [spec.as_dict() for spec in trial.bundle.inputs],
         "reference": {"source": "torch fp32" if trial.original else "recorded", "note": trial.reference_note},
         "data": {"source": stream.description, "samples": trial.samples},
-        "warnings": [*trial.warnings, *_unstable(trial, settled)],
+        "warnings": [*_seeded(trial.bundle), *trial.warnings, *_unstable(trial, settled)],
         "skipped": [{"backend": item.name, "reason": item.skipped} for item in trial.contenders if item.skipped],
         "gates": [gate.as_dict() for found in judged.values() for gate in found],
         "backends": [_backend(item, bands, settled[item.name]) for item in trial.contenders if item.name != COMPILED],
@@ -206,6 +207,11 @@ def _judge(item: Contender, bands: Sequence[Band], promises: Promises) -> list[G
     if item.failure is not None or item.skipped:
         return []
     return accuracy_gates(item.name, [comparison.metrics() for comparison in item.outputs], bands, promises)
+
+
+def _seeded(bundle: Bundle) -> list[str]:
+    seeded = bundle.manifest["model"].get("weights_sha256") == "seeded"
+    return ["the weights are seeded, not trained: errors and times mean something, predictions do not"] if seeded else []
 
 
 def _unstable(trial: Trial, settled: Mapping[str, Mapping[str, Any]]) -> list[str]:

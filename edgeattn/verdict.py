@@ -79,7 +79,7 @@ def accuracy_gates(
         if output["reference_nonfinite"]:
             count, source = output["reference_nonfinite"], "the reference must be finite"
             judged.append(gates.at_most("reference nan", count, 0, source, name, output=output["name"]))
-        for gate in explicit.keys() - {"rel", "nan"}:
+        for gate in [name for name in explicit if name not in ("rel", "nan")]:
             if gate != "top1" or output["top1"] is not None or not classified:
                 judged.append(gates.judge(gate, output, explicit[gate], _EXPLICIT, name))
     return judged + _less_accurate(name, metrics, promises)

@@ -38,5 +38,5 @@ def pytest_collection_modifyitems(items):
         missing["tensorrt"] = "the full TensorRT libraries are not installed"
     for item in items:
         for marker, reason in missing.items():
-            if marker in item.keywords:
+            if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
