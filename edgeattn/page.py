@@ -15,6 +15,7 @@ from edgeattn import charts
 from edgeattn.records import Arrays, number, reasons
 from edgeattn.report import milliseconds, ratio
 
+_WEIGHTS = {"seeded": "seeded, not trained", "own": "those that the module came with"}
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -38,11 +39,12 @@ def render(report: Mapping[str, Any], arrays: Arrays) -> str:
         worst=_worst(report, arrays),
         environment=_environment(report),
         commands=_commands(report),
+        weights=_WEIGHTS.get(report["model"]["weights_sha256"], f"sha256 {report['model']['weights_sha256']}"),
     )
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
-    """Return what was found, in one sentence per tested backend."""
+    """Return what was measured, in one sentence per tested backend."""
     results = {result["backend"]: result for result in report["results"]}
     sentences = []
     for backend in report["backends"]:
@@ -50,7 +52,7 @@ def headline(report: Mapping[str, Any]) -> list[str]:
             continue
         parts = [_accuracy_clause(backend, report["data"]["samples"]), _latency_clause(results.get(backend["name"]))]
         clauses = "; ".join(part for part in parts if part)
-        sentences.append(f"{backend['name']}: {clauses or backend['reason']}.")
+        sentences += [f"{backend['name']}: {clauses}."] if clauses else []
     return sentences
 
 
@@ -148,9 +150,11 @@ def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _commands(report: Mapping[str, Any]) -> list[str]:
     """Return how to make the bundle and this report again; where the weights came from only their owner knows."""
     model, bundle = report["model"], report["command"][2]
-    seeded = model["weights_sha256"] == "seeded"
     export = ["edgeattn", "export", model["variant"], "--precision", report["precision"], "-o", bundle]
-    return [shlex.join(export) + ("" if seeded else " --weights FILE"), shlex.join(report["command"])]
+    return [
+        shlex.join(export) + ("" if model["weights_sha256"] in _WEIGHTS else " --weights FILE"),
+        shlex.join(report["command"]),
+    ]
 
 
 def _change(before: Any, after: Any, unit: str) -> str | None:
