@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -47,10 +48,14 @@ def _usage(error: Any, arguments: Sequence[str]) -> int:
     """Report a command line that cannot be parsed in the form of all other errors."""
     from edgeattn.console import print_error
     from edgeattn.errors import UsageError
+    from edgeattn.registry import near
 
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "edgeattn"
     first, *rest = error.format_message().splitlines() or ["wrong usage"]
+    unknown = re.fullmatch(r"No such command '(.*)'\.", first)
+    if unknown and context:
+        first += near(unknown[1], list(context.command.commands))  # older releases of typer suggest nothing
     ours = UsageError("EA0150", first, why=" ".join(rest), hints=[f"{path} --help"])
     verb = path.removeprefix("edgeattn").strip().replace(" ", ".") or "usage"
     return print_error(verb, ours, as_json="--json" in arguments, color="auto", stream=sys.stdout)

@@ -16,7 +16,7 @@ _FILES = ("edgeattn.toml", "pyproject.toml")
 _RESERVED = {"EDGEATTN_CACHE"}
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
-# Verb to option to the type of its value: bool, int, float, str or list (of text).
+# Verb to option to the type of its value: bool, int, float, str, Path or list (of text).
 Schema = Mapping[str, Mapping[str, type]]
 
 
@@ -131,7 +131,14 @@ def _convert(value: Any, kind: type, name: str, place: str) -> Any:
         raise UsageError("EA0151", f"{name}: {value!r} is not {_WORDS[kind]}", where=place) from None
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    list: "a list of texts",
+}
 
 
 def _from_text(text: str, kind: type) -> Any:

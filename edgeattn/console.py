@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 from edgeattn.errors import EdgeAttnError
 
-OK, INTERNAL, INTERRUPTED = 0, 1, 130
+OK, INTERNAL = 0, 1
+_LOG = logging.getLogger(__name__)
 _RED, _GREEN, _YELLOW, _RESET = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 _COLORS = {"PASS": _GREEN, "ok": _GREEN, "warn": _YELLOW, "FAIL": _RED, "fail": _RED, "error": _RED}
 
@@ -59,7 +60,7 @@ def print_error(verb: str, error: EdgeAttnError, *, as_json: bool, color: str, s
     if colored(color, sys.stderr):
         text = text.replace("error", paint("error", True), 1)
     print(text, file=sys.stderr)
-    logging.getLogger("edgeattn").debug("error", exc_info=error)
+    _LOG.debug("%s", error.code, exc_info=error)
     if as_json and error.exit_code != INTERNAL:
         head = {"schema": f"edgeattn.{verb}/1", "verdict": "error", "exit_code": error.exit_code}
         stream.write(_dump({**head, "error": error.as_dict()}))
@@ -70,7 +71,7 @@ def print_error(verb: str, error: EdgeAttnError, *, as_json: bool, color: str, s
 def print_crash(error: BaseException) -> int:
     """Save the traceback of a bug, say where, and return exit code 1."""
     text = "".join(traceback.format_exception(error))
-    logging.getLogger("edgeattn").debug("crash\n%s", text)
+    _LOG.debug("internal error", exc_info=error)
     last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     print(f"error[EA0001]: internal error: {last}", file=sys.stderr)
     print(f"  where: {_save(text)}", file=sys.stderr)

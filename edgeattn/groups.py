@@ -72,6 +72,21 @@ def ops_show(common: Common, name: Name) -> Result:
     return Result(*catalogue.op(name))
 
 
+@verb(ops, "ops check", "edgeattn ops check shvit_s1 --target orin", configurable=False)
+def ops_check(
+    common: Common,
+    model: Annotated[str, typer.Argument(help="A catalogue name, package.module:factory or a .pt2 file.")],
+    input_: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=1x3x224x224")] = None,
+    dim: Annotated[list[str] | None, typer.Option("--dim", metavar="NAME=MIN:MAX:OPT")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", help="portable, orin, thor, rtx ...")] = None,
+) -> Result:
+    """List the operators of MODEL and what each target refuses, without an export; exit 4 when one does."""
+    from edgeattn.operations import check_operations
+
+    text, document = check_operations(model, inputs=input_ or (), dims=dim or (), targets=target or ("portable",))
+    return Result(text, document, document["exit_code"])
+
+
 @verb(report, "report show", "edgeattn report show shvit_s1-fp32.edgeattn", configurable=False)
 def report_show(common: Common, path: ReportPath) -> Result:
     """Show a stored report, or the latest one of a bundle."""

@@ -38,6 +38,8 @@ def run_inputs(
     Saved arrays are [samples, *dims of the output]. Names come from `labels`, else from the bundle. Raises what the
     bundle, the inputs and the backend raise, EA0105 for an existing output and EA0145 for labels that do not fit.
     """
+    if top < 1:
+        raise UsageError("EA0150", f"--top {top}: at least 1 is needed")
     bundle = Bundle.open(path)
     names = read_labels(labels) if labels else bundle.labels
     _check_output(output, force)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ DRIFT, SPREAD, OUTLIERS = 0.05, 0.10, 0.05
 
 Runner = Callable[[], object]
 Progress = Callable[[str], None]
+# Milliseconds per call, and start times in seconds.
+Turn = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -93,26 +96,13 @@ def measure(
         tell(f"warm-up {name}")
         warm[name] = settle(run, warmup, clock)
     slice_s = max(duration / ROUNDS, *(state.typical_s for state in warm.values()))
-    before, start = conditions.state(), clock()
-    taken: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {name: [] for name in runners}
-    order = list(runners)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for _ in range(_rounds(warm, slice_s, duration, fewest)):
-            for name in order:
-                if len(order) > 1:
-                    pause(min(_PAUSE_S, 2 * slice_s))
-                turn = _time_turn(runners[name], _calls(warm[name], slice_s), 3 * slice_s, start, clock)
-                taken[name].append(turn)
-            order = order[1:] + order[:1]
-    finally:
-        if collecting:
-            gc.enable()
-    tell(f"{len(taken[order[0]])} rounds of {slice_s * 1e3:.0f} ms")
+    before = conditions.state()
+    with _no_collection():
+        turns = _alternate(runners, warm, slice_s, _Rounds(duration, slice_s, fewest), clock, pause)
+    tell(f"{len(next(iter(turns.values())))} rounds of {slice_s * 1e3:.0f} ms")
     timings = {
-        name: Timing(name, warm[name], tuple(ms for ms, _ in slices), tuple(at for _, at in slices))
-        for name, slices in taken.items()
+        name: Timing(name, warm[name], tuple(ms for ms, _ in taken), tuple(at for _, at in taken))
+        for name, taken in turns.items()
     }
     return Measurement(timings, before, conditions.state())
 
@@ -200,16 +190,55 @@ def stability(timing: Timing, before: Mapping[str, Any], after: Mapping[str, Any
     return {"stable": not causes, "cause": "; ".join(causes), "drift": drift, "spread": spread, "outliers": outliers}
 
 
-def _rounds(warm: Mapping[str, Warmup], slice_s: float, duration: float, fewest: int) -> int:
-    """Return the number of rounds: the duration, or as many more as the slowest callable needs for `fewest` samples."""
-    wanted = math.ceil(duration / slice_s - 1e-9)
-    enough = math.ceil(fewest / min(_calls(state, slice_s) for state in warm.values()))
-    return max(FEWEST_ROUNDS, wanted, min(enough, math.ceil(10 * duration / slice_s)))
+@dataclass(frozen=True)
+class _Rounds:
+    """How many rounds there are: those of the duration, and more (up to ten times that) for `fewest` samples each."""
+
+    duration: float
+    slice_s: float
+    fewest: int
+
+    def needed(self, done: int, samples: int) -> bool:
+        """Return whether another round follows after `done` rounds, with `samples` of the rarest callable."""
+        wanted = max(FEWEST_ROUNDS, math.ceil(self.duration / self.slice_s - 1e-9))
+        most = max(wanted, math.ceil(10 * self.duration / self.slice_s))
+        return done < wanted or (samples < self.fewest and done < most)
 
 
-def _time_turn(
-    run: Runner, calls: int, limit_s: float, start: float, clock: Callable[[], float]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _alternate(
+    runners: Mapping[str, Runner],
+    warm: Mapping[str, Warmup],
+    slice_s: float,
+    rounds: _Rounds,
+    clock: Callable[[], float],
+    pause: Callable[[float], None],
+) -> dict[str, list[Turn]]:
+    """Run the rounds and return the turns of every callable."""
+    turns: dict[str, list[Turn]] = {name: [] for name in runners}
+    order, start, done = list(runners), clock(), 0
+    while rounds.needed(done, min(sum(len(ms) for ms, _ in taken) for taken in turns.values())):
+        for name in order:
+            if len(order) > 1:
+                pause(min(_PAUSE_S, 2 * slice_s))
+            calls = max(1, round(slice_s / max(warm[name].typical_s, 1e-9)))
+            turns[name].append(_time_turn(runners[name], calls, 3 * slice_s, start, clock))
+        order, done = order[1:] + order[:1], done + 1
+    return turns
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out of the measurement."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _time_turn(run: Runner, calls: int, limit_s: float, start: float, clock: Callable[[], float]) -> Turn:
     """Return milliseconds per call and start times of one turn of `calls` calls.
 
     The number is fixed: filling a time instead would count fast periods more often than slow ones. Only a turn that
@@ -227,11 +256,6 @@ def _time_turn(
         now, then = clock(), now
         milliseconds.append(1e3 * (now - then))
     return np.array(milliseconds), np.array(starts)
-
-
-def _calls(warm: Warmup, slice_s: float) -> int:
-    """Return how many calls fill a turn."""
-    return max(1, round(slice_s / max(warm.typical_s, 1e-9)))
 
 
 def _moved(times: list[float]) -> float:

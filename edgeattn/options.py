@@ -9,11 +9,12 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -139,31 +140,33 @@ def _run(
 ) -> int:
     """Run a verb and return its exit code. stdout is for the result alone: what libraries print goes to stderr."""
     stdout = sys.stdout
-    try:
-        with contextlib.redirect_stdout(sys.stderr), common.logged():
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as log:
+        try:
+            log.enter_context(common.logged())
             if common.color not in _COLORS:
                 raise UsageError("EA0150", f"--color {common.color}: must be one of {', '.join(_COLORS)}")
             settings = config.resolve(
                 name, SCHEMA, file=common.config, settings=common.set or (), environment=os.environ
             )
             filled = {
-                option: settings[key] for option, (key, _) in keys.items() if key in settings and option not in flags
+                key: settings[set_by] for key, (set_by, _) in keys.items() if set_by in settings and key not in flags
             }
             result = function(common, **{**given, **filled})
-        print_result(name, result, as_json=common.json, stream=stdout)
+            print_result(name, result, as_json=common.json, stream=stdout)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            return _report(name, error, common, stdout)
         return result.exit_code
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        return _report(name, error, common)
 
 
-def _report(name: str, error: Exception, common: Common) -> int:
+def _report(name: str, error: Exception, common: Common, stdout: TextIO) -> int:
+    """Print an error in one line and return its exit code; a missing package names its extra."""
     if common.debug:
-        logging.getLogger(__name__).error("traceback", exc_info=error)
+        traceback.print_exception(error)
     known = missing(error) if isinstance(error, ModuleNotFoundError) else error
     if isinstance(known, EdgeAttnError):
-        return print_error(name, known, as_json=common.json, color=common.color, stream=sys.stdout)
+        return print_error(name, known, as_json=common.json, color=common.color, stream=stdout)
     return print_crash(error)
 
 
@@ -203,16 +206,19 @@ def _configured(parameters: list[inspect.Parameter]) -> dict[str, tuple[str, typ
     for entry in parameters:
         kind, information = get_args(entry.annotation)
         if type(information).__name__ == "OptionInfo":
-            flags = [flag for flag in information.param_decls or () if flag.startswith("--")]
+            # In an annotation, the first positional argument of Option is no default but a flag.
+            declared = (information.default, *(information.param_decls or ()))
+            flags = [flag for flag in declared if isinstance(flag, str) and flag.startswith("--")]
             flag = flags[0].partition("/")[0].removeprefix("--").replace("-", "_") if flags else entry.name
             keys[entry.name] = (flag, _plain_type(kind))
     return keys
 
 
 def _plain_type(kind: Any) -> type:
-    """Return bool, int, float, str or list for the annotation of an option: `list[str] | None` is a list."""
+    """Return bool, int, float, str, Path or list for the annotation of an option: `list[str] | None` is a list."""
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is list:
         return list
-    return str if kind is Path else kind
+    plain: type = kind
+    return plain

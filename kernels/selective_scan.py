@@ -36,18 +36,19 @@ def reference(
     float32 at least.
     """
     x, step, enter, leave = (_visited(tensor, directions) for tensor in (u, delta, Bm, Cm))
-    step = step + delta_bias.unsqueeze(-1)
-    if delta_softplus:
-        step = F.softplus(step)
-    decay = torch.exp(step.unsqueeze(-1) * A.unsqueeze(-2))  # [b, k, d, l, s]
-    drive = (step * x).unsqueeze(-1) * enter.transpose(2, 3).unsqueeze(2)  # [b, k, d, l, s]
-    state = torch.zeros_like(drive[..., 0, :])
+    step = (step + delta_bias.unsqueeze(-1)).flatten(1, 2)  # [b, c, l], c over directions and channels
+    step = F.softplus(step) if delta_softplus else step
+    x = x.flatten(1, 2)
+    enter, leave = (code.repeat_interleave(delta.shape[2], 1) for code in (enter, leave))  # [b, c, s, l]
+    decay = torch.exp(torch.einsum("bcl,cs->bcls", step, A.flatten(0, 1)))
+    drive = torch.einsum("bcl,bcsl,bcl->bcls", step, enter, x)
+    state = torch.zeros_like(drive[:, :, 0])
     outputs = []
-    for t in range(drive.shape[3]):
-        state = decay[..., t, :] * state + drive[..., t, :]
-        outputs.append(torch.einsum("bkds,bks->bkd", state, leave[..., t]))
-    y = torch.stack(outputs, -1) + Dskip.unsqueeze(-1) * x  # [b, k, d, l]
-    return _merged(y, directions).to(u.dtype)
+    for t in range(x.shape[2]):
+        state = decay[:, :, t] * state + drive[:, :, t]
+        outputs.append(torch.einsum("bcs,bcs->bc", state, leave[..., t]))
+    y = torch.stack(outputs, -1) + Dskip.flatten().unsqueeze(-1) * x
+    return _merged(y.unflatten(1, delta.shape[1:3]), directions).to(u.dtype)
 
 
 @op.fast

@@ -1,8 +1,10 @@
-"""The command line from the outside: results on stdout, one error in one form, the right exit code, nothing half-written."""
+"""The command line from the outside: results on stdout, errors in one form, exit codes, nothing half-written."""
 
 from __future__ import annotations
 
+import builtins
 import errno
+import io
 import json
 import os
 import re
@@ -29,6 +31,7 @@ NESTED = (
     "models check",
     "ops list",
     "ops show",
+    "ops check",
     "report show",
     "report diff",
     "report html",
@@ -107,12 +110,11 @@ def outside(*arguments, cwd=None, limit=None, **variables):
 def without(folder, *packages):
     """Return the environment of an interpreter that does not find `packages`."""
     (folder / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {packages!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Blocked())\n"
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "def find_spec(name, path=None, target=None):\n"
+        f"    return None if name.partition('.')[0] in {packages!r} else find(name, path, target)\n"
+        "PathFinder.find_spec = staticmethod(find_spec)\n"
     )
     return {"PYTHONPATH": str(folder)}
 
@@ -340,9 +342,7 @@ class TestExport:
     @pytest.mark.parametrize("file", ["model.onnx", "precision.json", "outputs.npz", "manifest.json"])
     def test_disk_full_at_any_file(self, cli, place, tmp_path, monkeypatch, file):
         monkeypatch.chdir(place)
-        opened = io_open = open  # noqa: F841  the original, before it is replaced below
-        import builtins
-        import io
+        opened = open
 
         def full(path, mode="r", *rest, **options):
             if "w" in mode and str(path).endswith(file):
@@ -416,13 +416,16 @@ class TestRun:
         assert done.code == 2
         assert "2 labels for 1000 classes" in done.first
 
-    @pytest.mark.parametrize("verb", [("run", "photo.png"), ("validate",), ("bench",), ("inspect",)])
-    def test_corrupt_bundle(self, cli, copy, place, verb):
+    @pytest.mark.parametrize(
+        "command", ["run {} photo.png", "validate {} --no-latency", "bench {} --duration 50ms", "inspect {}"]
+    )
+    def test_corrupt_bundle(self, cli, copy, place, monkeypatch, command):
+        monkeypatch.chdir(place)
         graph = copy / "model.onnx"
         graph.write_bytes(graph.read_bytes()[:-1] + b"x")
-        done = cli(verb[0], copy, *(place / name for name in verb[1:]))
+        done = cli(*command.format(copy).split())
         assert done.code == 8
-        assert "model.onnx" in done.err
+        assert "model.onnx: changed" in done.out + done.err
 
     @pytest.mark.parametrize(
         ("damage", "code"), [("truncate", 8), ("schema", 8), ("remove graph", 8), ("remove manifest", 2)]
@@ -496,6 +499,13 @@ class TestListings:
             assert op.onnx_name in shown.out
             assert op.text in shown.out
         assert "did you mean" in cli("ops", "show", "single_head").first
+
+    def test_ops_of_a_model(self, cli, place, monkeypatch):
+        monkeypatch.chdir(place)
+        done = cli("ops", "check", "tinymodel_cli:Tiny", "--input", "x=1x3x8x8", "--target", "orin", "--json")
+        assert done.code == 0
+        assert done.document["operators"]["Conv"] == 1
+        assert done.document["refused"] == {"orin": []}
 
     def test_inspect_bundle(self, cli, bundle):
         document = cli("inspect", bundle, "--json", "--modules", "--layers").document

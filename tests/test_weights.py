@@ -207,6 +207,23 @@ def test_model_of_the_catalogue_reads_its_authors_file(tmp_path: Path) -> None:
     assert found.mismatched
 
 
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.json")), ids=lambda file: file.stem)
+def test_released_layouts_load_strictly(file: Path, tmp_path: Path) -> None:
+    golden = json.loads(file.read_text())
+    dtypes = {"float32": torch.float32, "int64": torch.int64}
+    state = {key: torch.ones(shape, dtype=dtypes[dtype]) for key, shape, dtype in golden["state_dict"]}
+    counters = {f"{key.rpartition('.')[0]}.total_{what}": torch.zeros(1) for key in state for what in ("ops", "params")}
+    released = golden["released_checkpoint"]
+    entries = state | (counters if "total_ops" in released["drop_keys"] else {})
+    other = {key: torch.zeros(1) for key in state}
+    averaged, wrapped = {"net": other, "net_E": entries}, {"model": entries, "model_ema": other}
+    content = averaged if "net_E" in released["container"] else wrapped if released["container"] == "model" else entries
+    model = MODELS.get(golden["variant"])
+    module = model.build()
+    assert load_checkpoint(module, _save(tmp_path, content), model.checkpoint).fits
+    assert _same(module, state)
+
+
 def _other_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     changed = {("head.w" if key == "head.weight" else key): value for key, value in state.items()}
     return changed | {"conv.weight": torch.zeros(6, 3, 1, 1), "bn.num_batches_tracked": torch.tensor(1.5)}
