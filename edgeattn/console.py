@@ -72,7 +72,7 @@ def print_crash(error: BaseException) -> int:
     """Save the traceback of a bug, say where, and return exit code 1."""
     text = "".join(traceback.format_exception(error))
     _LOG.debug("internal error", exc_info=error)
-    last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    last = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:300]
     print(f"error[EA0001]: internal error: {last}", file=sys.stderr)
     print(f"  where: {_save(text)}", file=sys.stderr)
     print("  try:   report it with this file", file=sys.stderr)

@@ -216,7 +216,12 @@ class Op:
 
 
 def constant(name: str, values: Any, dtype: str = "int64") -> str:
-    """Return the body statement that defines a constant tensor: `constant("index", [[0, 1], [2, 3]])`."""
+    """Return the body statement that defines a constant tensor: `constant("index", [[0, 1], [2, 3]])`.
+
+    ONNX text has no float16 literals: such a constant is written as float32 and cast, which every runtime folds.
+    """
+    if dtype == "float16":
+        return f"{constant(f'{name}_wide', values, 'float')}\n{name} = Cast<to = 10>({name}_wide)"
     array = np.asarray(values)
     numbers = ", ".join(repr(value) for value in array.reshape(-1).tolist())
     shape = "" if array.ndim == 0 else f"[{','.join(map(str, array.shape))}]"

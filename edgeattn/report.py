@@ -166,15 +166,20 @@ def _validate_rows(report: Mapping[str, Any]) -> list[list[str]]:
     results = {result["backend"]: result for result in report["results"]}
     tail = "p99" if any(result["p99_ms"] is not None for result in results.values()) else "p95"
     scope = next((result["scope"] for result in report["results"]), "e2e")
-    head = ["backend", "outputs", "scaled err (band)", "cosine", "top-1", "NaN", f"p50 {scope}", f"{tail} {scope}"]
-    rows = [[*head, "vs torch", "verdict"]]
+    timing = [f"p50 {scope}", f"{tail} {scope}", "vs torch"] if results else []
+    rows = [["backend", "outputs", "scaled err (band)", "cosine", "top-1", "NaN", *timing, "verdict"]]
     compared = {backend["name"]: backend for backend in report["backends"]}
     for name in dict.fromkeys([*compared, *results]):
         timed = results.get(name)
         cells = _accuracy_cells(compared.get(name))
-        cells += [milliseconds(timed and timed["p50_ms"]), milliseconds(timed and timed[f"{tail}_ms"])]
+        if results:
+            cells += [
+                milliseconds(timed and timed["p50_ms"]),
+                milliseconds(timed and timed[f"{tail}_ms"]),
+                ratio(timed),
+            ]
         verdict = compared[name]["verdict"] if name in compared else "reference"
-        rows.append([name, *cells, ratio(timed), "-" if verdict == "reference" else verdict.upper()])
+        rows.append([name, *cells, "-" if verdict == "reference" else verdict.upper()])
     return rows
 
 

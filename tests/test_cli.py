@@ -417,7 +417,13 @@ class TestRun:
         assert "2 labels for 1000 classes" in done.first
 
     @pytest.mark.parametrize(
-        "command", ["run {} photo.png", "validate {} --no-latency", "bench {} --duration 50ms", "inspect {}"]
+        "command",
+        [
+            "run {} photo.png",
+            "validate {} --no-latency --no-html --data seed:0 --samples 1",
+            "bench {} --duration 50ms --no-html",
+            "inspect {}",
+        ],
     )
     def test_corrupt_bundle(self, cli, copy, place, monkeypatch, command):
         monkeypatch.chdir(place)
