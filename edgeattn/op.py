@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,14 +47,21 @@ def decomposed() -> Iterator[None]:
 class Kernel:
     """A Triton kernel and its launch, as expressions over dims, integer attributes and the constants.
 
-    The function takes input pointers, int32 values, output pointers, then constants (`tl.constexpr`): an int32 value is
-    a dim or integer attribute of that name, a constant is an attribute or an entry of `constants`.
+    The function takes input pointers, int32 values, output pointers, then constants (`tl.constexpr`). An int32 value is
+    the dim or integer attribute of that name; a constant is an entry of `constants` (a number, or a function of the
+    dims), else the attribute or dim of that name.
     """
 
     function: Callable[..., None]
     grid: str
-    constants: Mapping[str, int | str] = field(default_factory=dict)
+    constants: Mapping[str, int | Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
     num_warps: int = 4
+
+    @property
+    def constant_names(self) -> list[str]:
+        """Return the parameters declared as `tl.constexpr`."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return [parameter.name for parameter in parameters if "constexpr" in str(parameter.annotation)]
 
 
 class Op:
@@ -98,7 +106,7 @@ class Op:
         return body
 
     def kernel(
-        self, *, grid: str, num_warps: int = 4, **constants: int | str
+        self, *, grid: str, num_warps: int = 4, **constants: int | Callable[[Mapping[str, Any]], int]
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Take the Triton kernel with its launch; see `Kernel`."""
 

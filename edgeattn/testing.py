@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ import onnx_ir as ir
 import torch
 from onnx import helper, shape_inference
 
+from edgeattn.aot import grid_of, resolve_constants
 from edgeattn.export.lower import link_bodies
 from edgeattn.export.parity import run_bytes
 from edgeattn.export.translate import IR_VERSION, OPSET, register_schema
@@ -36,8 +39,8 @@ def check_torch(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
 def check_body(op: Op, case: Mapping[str, Any], dtype: torch.dtype, *, dynamic: bool = False) -> None:
     """Raise AssertionError unless the ONNX body, in ONNX Runtime, agrees with the float64 reference.
 
-    With `dynamic` the dims in `op.dynamic` are symbolic and the generic body is used. The graph passes the ONNX checker, and shape
-    inference through the schema gives the shapes of the outputs.
+    With `dynamic` the dims in `op.dynamic` are symbolic and the generic body is used. The graph passes the ONNX
+    checker, and shape inference through the schema gives the shapes of the outputs.
     """
     inputs = op.example(case, dtype)
     dims, attributes = op.split_case(case)
@@ -103,3 +106,47 @@ def compare(op: Op, found: tuple[torch.Tensor, ...], expected: tuple[torch.Tenso
 def as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
     """Return the outputs of an op as a tuple."""
     return value if isinstance(value, tuple) else (value,)
+
+
+def check_kernel(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Raise AssertionError unless the Triton kernel, in Triton's interpreter, agrees with the float64 reference.
+
+    Outputs start as NaN, so an element that the grid does not reach is an error.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    assert op.triton is not None, f"{op.name}: has no kernel"
+    inputs = op.example(case, dtype)
+    dims, attributes = op.split_case(case)
+    expected = expected_outputs(op, inputs, attributes)
+    formal = zip(op.signature.outputs, expected, strict=True)
+    found = tuple(torch.full(want.shape, float("nan"), dtype=dtype) for _, want in formal)
+    constants = resolve_constants(op.triton, {**attributes, **dims})
+    integers = {**{name: value for name, value in attributes.items() if isinstance(value, int)}, **dims}
+    tensors = dict(
+        zip((each.name for each in (*op.signature.inputs, *op.signature.outputs)), (*inputs, *found), strict=True)
+    )
+    names = list(inspect.signature(op.triton.function).parameters)
+    arguments = [tensors[name] if name in tensors else integers[name] for name in names if name not in constants]
+    _widen_bfloat16_products()
+    InterpretedFunction(op.triton.function)[grid_of(op.triton.grid, {**integers, **constants})](*arguments, **constants)
+    compare(op, found, expected, dtype)
+
+
+@functools.cache
+def _widen_bfloat16_products() -> None:
+    """Make Triton's interpreter multiply bfloat16 matrices: it stores them as uint16 and would multiply those."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    product = InterpreterBuilder.create_dot
+
+    def widen(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, widen(a), widen(b), *rest)
+
+    InterpreterBuilder.create_dot = create_dot

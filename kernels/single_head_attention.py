@@ -1,7 +1,10 @@
 """Single-head attention (SHViT): `v softmax(scale q^T k)^T`, channels first, value width free of the key width."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
+from edgeattn.kernels._triton import block, tl
 from edgeattn.op import Op
 
 op = Op("single_head_attention", "(q[b d n], k[b d m], v[b e m], *, scale: float) -> (out[b e n])")
@@ -25,6 +28,59 @@ def body(dims, attributes, dtype):
         columns = Transpose<perm = [0, 2, 1]>(weights)
         out = MatMul(v, columns)
     """
+
+
+@op.kernel(grid="b*cdiv(n, BN)", BN=32, BM=32, BD=lambda dims: block(dims["d"]), BE=lambda dims: block(dims["e"]))
+def kernel(
+    q,
+    k,
+    v,
+    n,
+    m,
+    out,
+    scale: tl.constexpr,
+    d: tl.constexpr,
+    e: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """One program takes BN queries of one image and streams its keys in blocks of BM (online softmax)."""
+    blocks = tl.cdiv(n, BN)
+    item = tl.program_id(0) // blocks
+    rows = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    widths = tl.arange(0, BD)
+    values = tl.arange(0, BE)
+    queries = tl.load(
+        q + (item * d + widths[:, None]) * n + rows[None, :],
+        mask=(widths[:, None] < d) & (rows[None, :] < n),
+        other=0.0,
+    )  # [BD, BN]
+    top = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
+    mixed = tl.zeros([BN, BE], tl.float32)
+    for start in range(0, m, BM):
+        columns = start + tl.arange(0, BM)
+        inside = columns[None, :] < m
+        keys = tl.load(
+            k + (item * d + widths[:, None]) * m + columns[None, :], mask=(widths[:, None] < d) & inside, other=0.0
+        )
+        # ieee: TF32 would cost float32 callers three digits, and these products are small.
+        logits = tl.dot(tl.trans(queries), keys, input_precision="ieee") * scale
+        logits = tl.where(inside, logits, float("-inf"))
+        peak = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp(logits - peak[:, None])
+        rescale = tl.exp(top - peak)
+        total = total * rescale + tl.sum(weights, 1)
+        content = tl.load(
+            v + (item * e + values[:, None]) * m + columns[None, :], mask=(values[:, None] < e) & inside, other=0.0
+        )
+        mixed = mixed * rescale[:, None] + tl.dot(weights.to(content.dtype), tl.trans(content), input_precision="ieee")
+        top = peak
+    result = mixed / total[:, None]
+    place = out + (item * e + values[None, :]) * n + rows[:, None]
+    tl.store(place, result.to(out.dtype.element_ty), mask=(values[None, :] < e) & (rows[:, None] < n))
 
 
 op.cases = [

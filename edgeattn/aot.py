@@ -1,0 +1,185 @@
+"""Ahead-of-time compilation: a Triton kernel becomes PTX and a cubin for a board, on a machine without any GPU.
+
+The PTX carries the ISA version the board's driver takes, and exactly the parameters a plugin passes: Triton's two
+hidden scratch pointers are removed, and the result is assembled again as a check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeattn import expr
+from edgeattn.errors import BuildError, UnsupportedError
+from edgeattn.op import Kernel, Op
+from edgeattn.packages import require
+from edgeattn.target import Target
+
+_TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32"}
+# What a plugin launches is one block grid with pointers and int32: nothing that needs memory or a cluster of its own.
+_FORBIDDEN = {"global_scratch_size": 0, "profile_scratch_size": 0, "tmem_size": 0, "num_ctas": 1}
+_SHARED_LIMIT = 48 * 1024
+_ENTRY = re.compile(r"(\.visible \.entry \w+\()(.*?)(\n\))", re.DOTALL)
+_PARAMETER = re.compile(r"(\w+_param_\d+)")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A compiled kernel with everything a launcher needs; `arguments` lists pointers and int32 values in launch order.
+
+    Grid and int32 values are expressions over the dims of the op; `block` is threads per block, `shared` bytes of
+    dynamic shared memory, `ptx_isa` the PTX version times ten.
+    """
+
+    op: str
+    key: str
+    target: str
+    dtype: str
+    entry: str
+    sm: int
+    ptx_isa: int
+    arguments: tuple[str, ...]
+    integers: tuple[str, ...]
+    grid: str
+    constants: dict[str, Any]
+    block: int
+    shared: int
+    ptx: str
+    cubin: bytes
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the JSON record: the same for the same kernel, code given by its hash."""
+        record = {name: value for name, value in asdict(self).items() if name not in ("ptx", "cubin")}
+        hashes = {"ptx": _sha256(self.ptx.encode()), "cubin": _sha256(self.cubin)}
+        return {**record, "schema": "edgeattn.kernel/1", "sha256": hashes}
+
+    def launch_grid(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the grid for the dims of one call."""
+        return grid_of(self.grid, {**dims, **self.constants})
+
+
+def compile_kernel(op: Op, dims: Mapping[str, int], attributes: Mapping[str, Any], dtype: str, target: Target) -> Pack:
+    """Compile the Triton kernel of `op` for `target`; `dtype` is "float", "float16" or "bfloat16".
+
+    Dims that become constants of the kernel are taken from `dims`. Raises EA0501 for an op without a kernel, EA0502
+    when it does not compile and EA0503 when it needs what a plugin cannot give.
+    """
+    if op.triton is None:
+        raise UnsupportedError("EA0501", f"{op.name}: has no kernel; it runs as its body")
+    kernel = op.triton
+    triton = require("triton")
+    constants = resolve_constants(kernel, {**attributes, **dims})
+    names = list(triton.JITFunction(kernel.function).arg_names)
+    compiled = _compile(triton, op, kernel, names, constants, dtype, target)
+    _refuse_unlaunchable(op, compiled.metadata)
+    arguments = tuple(name for name in names if name not in constants)
+    pointers = {tensor.name for tensor in (*op.signature.inputs, *op.signature.outputs)}
+    ptx = strip_hidden_parameters(compiled.asm["ptx"], len(arguments))
+    digest = hashlib.sha256(f"{sorted(constants.items())} {dtype}".encode()).hexdigest()[:8]
+    return Pack(
+        op=op.name,
+        key=digest,
+        target=target.name,
+        dtype=dtype,
+        entry=compiled.metadata.name,
+        sm=target.kernel_sm,
+        ptx_isa=target.ptx,
+        arguments=arguments,
+        integers=tuple(name for name in arguments if name not in pointers),
+        grid=kernel.grid,
+        constants=constants,
+        block=32 * compiled.metadata.num_warps,
+        shared=compiled.metadata.shared,
+        ptx=ptx,
+        cubin=assemble(ptx, target.sm),
+    )
+
+
+def resolve_constants(kernel: Kernel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of every constant parameter: an attribute, a dim, a number or a function of the dims."""
+    found: dict[str, Any] = {
+        name: value(values) if callable(value) else value for name, value in kernel.constants.items()
+    }
+    for name in kernel.constant_names:
+        found.setdefault(name, values.get(name))
+    return found
+
+
+def grid_of(text: str, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the grid that the comma-separated expressions in `text` give; commas inside parentheses do not count."""
+    parts = re.split(r",\s*(?![^()]*\))", text)
+    return tuple(int(expr.evaluate(part, values)) for part in parts)
+
+
+def strip_hidden_parameters(ptx: str, count: int) -> str:
+    """Return `ptx` with only the first `count` parameters of its kernel.
+
+    Raises EA0503 when one of the others is used, or when the kernel has fewer than `count`.
+    """
+    match = _ENTRY.search(ptx)
+    declared = [part.strip() for part in match[2].split(",")] if match else []
+    if match is None or len(declared) < count:
+        raise BuildError("EA0502", f"the kernel declares {len(declared)} parameters, {count} are passed")
+    body = ptx[match.end() :]
+    for part in declared[count:]:
+        name = _PARAMETER.search(part)
+        if name is None or re.search(rf"\b{name[1]}\b", body):
+            raise BuildError("EA0503", f"hidden parameter is used: {part}")
+    kept = ",".join(f"\n\t{part}" for part in declared[:count])
+    return ptx[: match.start()] + match[1] + kept + match[3] + body
+
+
+def assemble(ptx: str, sm: int) -> bytes:
+    """Return the cubin of `ptx` for compute capability `sm` (times ten), made with the assembler Triton carries."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [get_ptxas(sm).path, f"-arch=sm_{sm}", str(source), "-o", str(result)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildError("EA0502", f"ptxas refuses the kernel: {done.stderr.strip().splitlines()[-1][:300]}")
+        return result.read_bytes()
+
+
+def _compile(
+    triton: Any, op: Op, kernel: Kernel, names: list[str], constants: Mapping[str, Any], dtype: str, target: Target
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tensors = {tensor.name: tensor for tensor in (*op.signature.inputs, *op.signature.outputs)}
+    types = {}
+    for name in names:
+        if name in tensors:
+            types[name] = "*" + _TYPES[dtype if tensors[name].dtype == "T" else tensors[name].dtype]
+        else:
+            types[name] = "constexpr" if name in constants else "i32"
+    # Engines align tensors to 256 bytes; 16 is what vector loads need.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in tensors}
+    source = ASTSource(triton.JITFunction(kernel.function), types, constexprs=dict(constants), attrs=aligned)
+    options = {"num_warps": kernel.num_warps, "ptx_version": target.ptx, "enable_fp_fusion": True}
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", target.kernel_sm, 32), options=options)
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BuildError("EA0502", f"{op.name}: does not compile for {target.name}: {first.strip()[:300]}") from error
+
+
+def _refuse_unlaunchable(op: Op, metadata: Any) -> None:
+    for name, allowed in _FORBIDDEN.items():
+        if getattr(metadata, name, allowed) not in (allowed, None):
+            raise BuildError("EA0503", f"{op.name}: needs {name} = {getattr(metadata, name)}, a plugin gives {allowed}")
+    if metadata.shared > _SHARED_LIMIT:
+        raise BuildError("EA0503", f"{op.name}: needs {metadata.shared} bytes of shared memory, limit {_SHARED_LIMIT}")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

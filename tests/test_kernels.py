@@ -1,0 +1,127 @@
+"""Triton kernels without a GPU: interpreted against the reference, then compiled, stripped and assembled per board."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from edgeattn.aot import compile_kernel, grid_of, resolve_constants, strip_hidden_parameters
+from edgeattn.errors import BuildError, UnsupportedError
+from edgeattn.op import OPS
+from edgeattn.target import get_target
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+WITH_KERNEL = [op for op in OPS if op.triton]
+CASES = [(op, case) for op in WITH_KERNEL for case in op.cases]
+each_case = pytest.mark.parametrize(
+    ("op", "case"), CASES, ids=[f"{op.name}-{i}" for op in WITH_KERNEL for i, _ in enumerate(op.cases)]
+)
+each_op = pytest.mark.parametrize("op", WITH_KERNEL, ids=[op.name for op in WITH_KERNEL])
+boards = pytest.mark.parametrize("board", ["orin", "thor"])
+
+
+def compiled(op, board, dtype="float16"):
+    dims, attributes = op.split_case(op.cases[0])
+    return compile_kernel(op, dims, attributes, dtype, get_target(board))
+
+
+INTERPRET = """
+import sys, torch
+from edgeattn.op import OPS
+from edgeattn.testing import check_kernel
+op = OPS.get(sys.argv[1])
+for case in op.cases:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check_kernel(op, case, dtype)
+        print("checked", dtype)
+"""
+
+
+@each_op
+def test_interpreter_agrees_with_the_reference(op):
+    """In a process of its own: Triton decides at import whether its library functions are interpreted."""
+    command = [sys.executable, "-c", INTERPRET, op.name]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("checked") == 3 * len(op.cases)
+
+
+def test_interpreter_check_can_fail():
+    """A kernel whose grid leaves out the last block is caught by the NaN it leaves."""
+    broken = INTERPRET.replace(
+        "for case", "op.kernel(grid='1', **op.triton.constants)(op.triton.function)\nfor case", 1
+    )
+    command = [sys.executable, "-c", broken, "single_head_attention"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "AssertionError" in done.stderr
+
+
+@each_op
+@boards
+@pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16"])
+def test_compiles_for_the_board(op, board, dtype):
+    pack, target = compiled(op, board, dtype), get_target(board)
+    assert pack.cubin[:4] == b"\x7fELF"
+    assert f".version {target.ptx // 10}.{target.ptx % 10}" in pack.ptx
+    assert f".target sm_{target.kernel_sm}" in pack.ptx
+    assert pack.shared <= 48 * 1024
+    wanted = [tensor.name for tensor in op.signature.inputs] + list(pack.integers)
+    assert list(pack.arguments) == wanted + [tensor.name for tensor in op.signature.outputs]
+    declared = re.search(r"\.entry \w+\((.*?)\n\)", pack.ptx, re.DOTALL)[1]
+    assert declared.count(".param") == len(pack.arguments)
+
+
+@each_op
+def test_record_is_the_same_twice(op):
+    first, second = (compiled(op, "orin").to_record() for _ in range(2))
+    assert first == second
+    assert len(first["sha256"]["cubin"]) == 64
+
+
+@each_case
+def test_launch_expressions_cover_every_output(op, case):
+    """The grid evaluated from text is the one the interpreter run used: its outputs had no gap."""
+    dims, attributes = op.split_case(case)
+    values = {**dims, **attributes, **resolve_constants(op.triton, {**dims, **attributes})}
+    assert all(size >= 1 for size in grid_of(op.triton.grid, values))
+
+
+PTX = ".visible .entry kernel(\n\t.param .u64 kernel_param_0,\n\t.param .u64 kernel_param_1\n)\n{ %s }"
+
+
+def test_hidden_parameter_in_use_is_refused():
+    kept = strip_hidden_parameters(PTX % "ld.param.b64 %rd1, [kernel_param_0];", 1)
+    assert "kernel_param_1" not in kept
+    with pytest.raises(BuildError, match="EA0503"):
+        strip_hidden_parameters(PTX % "ld.param.b64 %rd1, [kernel_param_1];", 1)
+    with pytest.raises(BuildError, match="EA0502"):
+        strip_hidden_parameters(PTX % "", 3)
+
+
+def test_grid_with_commas_inside_calls():
+    assert grid_of("b, cdiv(n, BN), 1", {"b": 2, "n": 49, "BN": 32}) == (2, 2, 1)
+
+
+def test_op_without_kernel_is_refused():
+    op = next(op for op in OPS if op.triton is None)
+    with pytest.raises(UnsupportedError, match=f"EA0501.*{op.name}"):
+        compiled(op, "orin")
+
+
+def test_kernel_that_does_not_compile_names_op_and_board():
+    def broken(q, k, v, n, m, out):
+        undefined_name(q)  # noqa: F821
+
+    op = OPS.get("single_head_attention")
+    good = op.triton
+    try:
+        op.kernel(grid="1")(broken)
+        with pytest.raises(BuildError, match=r"EA0502.*single_head_attention.*orin"):
+            compiled(op, "orin")
+    finally:
+        op.triton = good
