@@ -19,13 +19,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
 
 @op.onnx
 def body(dims, attributes, dtype):
-    scaled = "factor = Constant<value_float: float = @scale>()\nlogits = Mul(product, factor)"
+    half = dtype != "float"
+    factor = "" if attributes["scale"] == 1.0 else "factor = Constant<value_float: float = @scale>()"
     return f"""
         rows = Transpose<perm = [0, 2, 1]>(q)
         product = MatMul(rows, k)
-        {scaled if attributes["scale"] != 1.0 else "logits = Identity(product)"}
-        weights = Softmax<axis = -1>(logits)
-        columns = Transpose<perm = [0, 2, 1]>(weights)
+        {"wide = Cast<to = 1>(product)" if half else ""}
+        {factor}
+        {f"logits = Mul({'wide' if half else 'product'}, factor)" if factor else ""}
+        weights = Softmax<axis = -1>({"logits" if factor else "wide" if half else "product"})
+        {"narrow = CastLike(weights, q)" if half else ""}
+        columns = Transpose<perm = [0, 2, 1]>({"narrow" if half else "weights"})
         out = MatMul(v, columns)
     """
 
