@@ -1,4 +1,4 @@
-"""Acceptance of an exported file: checker, types, target rules, parity with PyTorch, and NVIDIA's parser and builder."""
+"""Acceptance of an exported file: checker, types, target rules, parity with PyTorch, NVIDIA's parser and builder."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def writing(path: str | Path, force: bool = False) -> Iterator[Path]:
     not a bundle, EA0202 without permission and EA0203 when the disk is full.
     """
     final = Path(path)
-    _check_output(final, force)
+    check_output(final, force)
     folder = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     with _terminable():
         try:
@@ -193,8 +193,8 @@ def writing(path: str | Path, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_output(final: Path, force: bool) -> None:
-    """Refuse an output that exists or cannot be created."""
+def check_output(final: Path, force: bool) -> None:
+    """Refuse an output that exists or cannot be created: EA0105 and EA0108."""
     if not final.parent.is_dir():
         raise UsageError("EA0105", f"{final.parent}: no such folder", hints=[f"mkdir -p {final.parent}"])
     if not os.path.lexists(final):
@@ -207,7 +207,7 @@ def _check_output(final: Path, force: bool) -> None:
 
 def _replace(final: Path, folder: Path, force: bool) -> None:
     """Give the finished folder its name; what stood there is back if that fails."""
-    _check_output(final, force)  # another process may have been faster
+    check_output(final, force)  # another process may have been faster
     if not os.path.lexists(final):
         os.rename(folder, final)
         return

@@ -6,12 +6,15 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("edgeattn", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "numpy")
 _MIB = 2**20
 _SHORTEST = 0.2
+# In cores, and as a share of all cores.
+_BUSY, _FULL = 0.25, 0.75
 
 
 def host() -> dict[str, Any]:
@@ -44,7 +47,7 @@ def affinity() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def background(before: dict[str, Any], after: dict[str, Any]) -> float | None:
+def background(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
     """Return how many of our cores other processes kept busy, on average, between two states.
 
     None where the system does not tell, or when the states lie so close that its clock ticks (10 ms) decide.
@@ -56,7 +59,19 @@ def background(before: dict[str, Any], after: dict[str, Any]) -> float | None:
     return min(float(len(affinity())), max(0.0, round(others / elapsed, 2)))
 
 
-def throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
+def contended(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Return whether other processes were busy while few cores were left: what was measured is then too slow.
+
+    Time stolen from a virtual machine counts as theirs.
+    """
+    busy = background(before, after)
+    if busy is None or busy < _BUSY:
+        return False
+    own = (after["own_s"] - before["own_s"]) / (after["clock_s"] - before["clock_s"])
+    return bool(busy + own > _FULL * len(affinity()))
+
+
+def throttled(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool | None:
     """Return whether the processor throttled between two states, or None when it does not count that."""
     if before["throttle_count"] is None or after["throttle_count"] is None:
         return None

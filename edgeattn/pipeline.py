@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from edgeattn.acceptance import accept
-from edgeattn.bundle import Bundle, writing
+from edgeattn.bundle import Bundle, check_output, writing
 from edgeattn.compilation import Compilation, write_files, write_records
 from edgeattn.errors import AccuracyError, UnsupportedError, UsageError
 from edgeattn.export.lower import edge_nodes, link_bodies
@@ -62,8 +62,11 @@ def export_model(
     chosen = _precision(precision, boards)
     plan = _read_plan(precision_plan)
     progress = progress or Progress(enabled=False)
+    final = Path(output or f"{_base_name(model)}-{chosen}.edgeattn")
+    writes = not dry_run and STAGES.index(until) >= STAGES.index("lower")
+    if writes:
+        check_output(final, force)  # before a download or minutes of work
     source = resolve(model, weights=weights, inputs=inputs, dims=dims, allow_partial=allow_partial, progress=progress)
-    final = Path(output or f"{source.name}-{chosen}.edgeattn")
     options = {
         "model": model if source.model else source.name, "inputs": list(inputs), "dims": list(dims),
         "targets": [board.name for board in boards], "precision": chosen, "keep_fp32": list(keep_fp32),
@@ -72,7 +75,7 @@ def export_model(
     job = Compilation(source, boards, chosen, options, progress)
     if dry_run:
         return _summary(job, final, "dry run: nothing was done")
-    if STAGES.index(until) < STAGES.index("lower"):
+    if not writes:
         _to_graph(job, until, plan, keep_fp32, dump_passes)
         return _summary(job, final, f"stopped after {until}: no bundle was written")
     with writing(final, force) as folder:
@@ -208,6 +211,11 @@ def _refuse_unknown_nodes(plan: dict[str, str], nodes: set[str]) -> None:
     unknown = [name for name in plan if name not in nodes]
     if unknown:
         raise UsageError("EA0114", f"precision plan: {unknown[0]}: no such node ({len(unknown)} unknown)")
+
+
+def _base_name(model: str) -> str:
+    """Return what a bundle is called: the variant, the factory or the file."""
+    return Path(model).stem if model.endswith(".pt2") else model.rpartition(":")[2]
 
 
 def _precision(precision: str | None, targets: Sequence[Target]) -> str:

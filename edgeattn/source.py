@@ -29,7 +29,10 @@ _DIM = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<min>\d+):(?P<max>\d+)(?::(?P<opt>
 
 @dataclass(frozen=True)
 class Source:
-    """The PyTorch original with its inputs; `weights` says where they come from, `model` is its catalogue entry."""
+    """The PyTorch original with its inputs; `model` is its catalogue entry.
+
+    `weights` is the SHA-256 of the weight file, "seeded" or "own"; `partial` says what of the file did not fit.
+    """
 
     name: str
     module: nn.Module
@@ -38,13 +41,15 @@ class Source:
     weights: str
     model: Model | None = None
     program: torch.export.ExportedProgram | None = None
+    partial: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
         """Return the `model` entry of the manifest."""
         family = self.model.family if self.model else "user"
         source = self.model.source if self.model else self.name
-        return {"family": family, "variant": self.name, "source": source, "weights_sha256": self.weights}
+        entry = {"family": family, "variant": self.name, "source": source, "weights_sha256": self.weights}
+        return {**entry, "weights_partial": self.partial} if self.partial else entry
 
 
 def resolve(
@@ -71,23 +76,24 @@ def resolve(
     specs = tuple(_spec(spec, shapes, ranges) for spec in entry.inputs)
     _refuse_unknown(shapes, [spec.name for spec in specs])
     module = entry.build().eval()
-    return Source(
-        entry.name, module, specs, entry.outputs, _load(module, entry, weights, allow_partial, progress), entry
-    )
+    digest, partial = _load(module, entry, weights, allow_partial, progress)
+    return Source(entry.name, module, specs, entry.outputs, digest, entry, partial=partial)
 
 
-def _load(module: nn.Module, entry: Model, weights: str | None, allow_partial: bool, progress: Progress | None) -> str:
-    """Load or seed the weights; return the file's SHA-256, or "seeded"."""
+def _load(
+    module: nn.Module, entry: Model, weights: str | None, allow_partial: bool, progress: Progress | None
+) -> tuple[str, str]:
+    """Load or seed the weights; return the file's SHA-256 (or "seeded") and what of it did not fit."""
     if weights is None:
         seed_weights(module)
-        return "seeded"
+        return "seeded", ""
     path = official_weights(entry, progress) if weights == "official" else Path(weights)
     loaded = load_checkpoint(module, path, entry.checkpoint, allow_partial=allow_partial)
     if progress and not loaded.fits:
         progress.note(f"{path}: loaded in part, the rest seeded: {loaded.summary()}")
         for line in loaded.differences():
             progress.note(f"  {line}")
-    return loaded.sha256
+    return loaded.sha256, "" if loaded.fits else loaded.summary()
 
 
 def _from_factory(name: str, shapes: Mapping[str, TensorSpec], weights: str | None) -> Source:
