@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -136,17 +137,19 @@ def strip_hidden_parameters(ptx: str, count: int) -> str:
 
 
 def assemble(ptx: str, sm: int) -> bytes:
-    """Return the cubin of `ptx` for compute capability `sm` (times ten), made with the assembler Triton carries."""
+    """Return the cubin of `ptx` for `sm` (times ten), from the assembler Triton carries or the one on PATH."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        command = [get_ptxas(sm).path, f"-arch=sm_{sm}", str(source), "-o", str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BuildError("EA0502", f"ptxas refuses the kernel: {done.stderr.strip().splitlines()[-1][:300]}")
-        return result.read_bytes()
+        # The assembler of Triton 3.6 is older than sm_110; that of an installed CUDA 13 is not.
+        for assembler in filter(None, (get_ptxas(sm).path, shutil.which("ptxas"))):
+            command = [assembler, f"-arch=sm_{sm}", str(source), "-o", str(result)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return result.read_bytes()
+        raise BuildError("EA0502", f"ptxas refuses the kernel: {done.stderr.strip().splitlines()[-1][:300]}")
 
 
 def _compile(

@@ -257,7 +257,8 @@ def _time_turn(run: Runner, calls: int, limit_s: float, start: float, clock: Cal
 
 
 def _company(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    return f"other processes kept {conditions.background(before, after) or 0:.1f} of {len(conditions.affinity())} cores busy"
+    busy = conditions.background(before, after) or 0.0
+    return f"other processes kept {busy:.1f} of {len(conditions.affinity())} cores busy"
 
 
 def _moved(times: list[float]) -> float:

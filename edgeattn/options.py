@@ -187,9 +187,9 @@ def _common_parameters(hidden: bool) -> list[inspect.Parameter]:
 
 def _own_parameters(function: Callable[..., Result]) -> list[inspect.Parameter]:
     """Return the parameters of a verb after the first, which takes the common options."""
-    hints = get_type_hints(function, include_extras=True)
-    own = list(inspect.signature(function).parameters.values())[1:]
-    return [entry.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[entry.name]) for entry in own]
+    # Not get_type_hints: Python 3.10 wraps what has the default None in another Optional.
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    return [entry.replace(kind=inspect.Parameter.KEYWORD_ONLY) for entry in own]
 
 
 def _declare(function: Callable[..., None], parameters: list[inspect.Parameter], doc: str) -> None:
