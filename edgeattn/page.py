@@ -148,13 +148,14 @@ def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _commands(report: Mapping[str, Any]) -> list[str]:
-    """Return how to make the bundle and this report again; where the weights came from only their owner knows."""
-    model, bundle = report["model"], report["command"][2]
-    export = ["edgeattn", "export", model["variant"], "--precision", report["precision"], "-o", bundle]
-    return [
-        shlex.join(export) + ("" if model["weights_sha256"] in _WEIGHTS else " --weights FILE"),
-        shlex.join(report["command"]),
-    ]
+    """Return how to make the bundle and this report again; what only the user knows stands in capitals."""
+    model, options = report["model"], report["export_options"]
+    name = "MODULE:FACTORY" if model["family"] == "user" else model["variant"]
+    export = ["edgeattn", "export", name, "--precision", report["precision"]]
+    for key, flag in (("targets", "--target"), ("inputs", "--input"), ("dims", "--dim"), ("keep_fp32", "--keep-fp32")):
+        export += [part for value in options.get(key, ()) for part in (flag, str(value))]
+    export += [] if model["weights_sha256"] in _WEIGHTS else ["--weights", "FILE"]
+    return [shlex.join([*export, "-o", report["command"][2]]), shlex.join(report["command"])]
 
 
 def _change(before: Any, after: Any, unit: str) -> str | None:

@@ -33,7 +33,7 @@ class Destination:
         if self.junit is not None:
             records.check_writable(Path(self.junit).parent, Path(self.junit), True)
         if self.html:
-            require("jinja2"), require("matplotlib")
+            _require_packages()
 
     def write(self, report: Report, arrays: Arrays) -> Report:
         """Write document, samples, page and JUnit file; the report then knows its path."""
@@ -137,7 +137,7 @@ def junit(report: Mapping[str, Any], path: Path) -> None:
 def html_obstacle() -> str | None:
     """Return why the page cannot be written here, or None."""
     try:
-        require("jinja2"), require("matplotlib")
+        _require_packages()
     except MissingError as error:
         return f"{error.message}: {error.hints[0]}"
     return None
@@ -145,12 +145,17 @@ def html_obstacle() -> str | None:
 
 def html(report: Mapping[str, Any], arrays: Arrays) -> str:
     """Return one self-contained page for a report of validate or bench. Raises EA0201 or EA0174."""
-    require("jinja2"), require("matplotlib")
+    _require_packages()
     if str(report["schema"]).partition("/")[0] not in ("edgeattn.validate", "edgeattn.bench"):
         raise UsageError("EA0174", f"{report['schema']}: only reports of validate and bench have a page")
     from edgeattn.page import render
 
     return render(report, arrays)
+
+
+def _require_packages() -> None:
+    for name in ("jinja2", "matplotlib"):
+        require(name)
 
 
 def milliseconds(value: Any) -> str:
@@ -169,7 +174,8 @@ def _validate_rows(report: Mapping[str, Any]) -> list[list[str]]:
     timing = [f"p50 {scope}", f"{tail} {scope}", "vs torch"] if results else []
     rows = [["backend", "outputs", "scaled err (band)", "cosine", "top-1", "NaN", *timing, "verdict"]]
     compared = {backend["name"]: backend for backend in report["backends"]}
-    for name in dict.fromkeys([*compared, *results]):
+    tested = [name for name, backend in compared.items() if backend["verdict"] != "reference"]
+    for name in sorted(dict.fromkeys([*compared, *results]), key=tested.__contains__):
         timed = results.get(name)
         cells = _accuracy_cells(compared.get(name))
         if results:
@@ -193,7 +199,9 @@ def _accuracy_cells(backend: Mapping[str, Any] | None) -> list[str]:
         outputs, key=lambda output: number(output["scaled_err"]) / (output.get("band", {}).get("limit") or 1e-30)
     )
     band = f"{worst['band']['limit']:.1e}" if "band" in worst else "ref"
-    agreed = "-" if worst["top1"] is None else f"{round(worst['top1'] * worst['rows'])}/{worst['rows']}"
+    classified = [output for output in outputs if output["top1"] is not None]
+    least = min(classified, key=lambda output: number(output["top1"]), default=None)
+    agreed = "-" if least is None else f"{round(least['top1'] * least['rows'])}/{least['rows']}"
     strange = sum(output["nan"] + output["inf"] for output in outputs)
     error = f"{_error(worst['scaled_err'])} ({band})"
     return [str(len(outputs)), error, f"{number(worst['cosine']):.6f}", agreed, str(strange)]

@@ -114,14 +114,18 @@ class Trial:
 
     def time(self, feeds: Feeds, names: Sequence[str], *, duration: float, fewest: int, compile: bool) -> None:
         """Measure the original and the candidates called `names`, in alternating rounds, on one input."""
-        runners = {item.name: _bound(item, feeds) for item in self.contenders if self._is_timed(item, names)}
         if compile and self.original is not None:
-            runners[COMPILED] = self._compiled(feeds)
+            self._add_compiled(feeds)
+        timed = [item for item in self.contenders if self._is_timed(item, names)]
+        runners = {item.name: _bound(item, feeds) for item in sorted(timed, key=lambda item: item.role == "candidate")}
         if not runners:
             return
         warmup = min(_WARMUP_LIMIT, 4 * duration)
         with self.progress.stage("latency", ", ".join(runners)) as stage:
-            tell: Callable[[str], None] = lambda text: setattr(stage, "what", text)  # noqa: E731
+
+            def tell(text: str) -> None:
+                stage.what = text
+
             self.measurement = measure(runners, duration=duration, warmup=warmup, fewest=fewest, progress=tell)
             stage.what = ", ".join(runners)
             rounds = len(next(iter(self.measurement.timings.values())).rounds)
@@ -162,12 +166,11 @@ class Trial:
         if sum(array.nbytes for array in feeds.values()) <= _KEPT_BYTES:
             self.arrays.update({f"worst/{name}/{key}": array for key, array in feeds.items()})
 
-    def _compiled(self, feeds: Feeds) -> Callable[[], object]:
+    def _add_compiled(self, feeds: Feeds) -> None:
         assert self.original is not None
         with self.progress.stage("compile", COMPILED):
             compiled = self.original.compiled(feeds)
         self.contenders.append(Contender(COMPILED, "fp32", "reference", compiled))
-        return lambda: compiled(feeds)
 
     def _record(self, timing: Timing, feeds: Feeds) -> None:
         assert self.measurement is not None

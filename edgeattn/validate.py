@@ -24,6 +24,7 @@ from edgeattn.trial import COMPILED, Stream, Trial, open_stream, recorded_stream
 from edgeattn.verdict import Promises, accuracy_gates, latency_gates, overall, settle
 
 _BENCH_SAMPLES = 200
+_DURATION = 3.0
 
 
 def validate(
@@ -41,7 +42,7 @@ def validate(
     require_stable: bool | None = None,
     compile: bool = False,
     threads: int | None = None,
-    duration: str | float = 3.0,
+    duration: str | float = _DURATION,
     html: bool | None = None,
     junit: str | Path | None = None,
     output: str | Path | None = None,
@@ -64,6 +65,7 @@ def validate(
     options = {
         "--backend": backends, "--data": data, "--samples": samples, "--gate": gates, "--max": maximum, "--vs": versus,
         "--regress": regress, "--compile": compile, "--threads": threads, "--no-latency": latency is False,
+        **_timing_options(require_stable, duration),
     }  # fmt: skip
     run = _Run("validate", opened, options, Destination(opened.path / "reports", output, html, junit, force))
     stream = open_stream(opened, data, samples)
@@ -92,7 +94,7 @@ def bench(
     require_stable: bool | None = None,
     compile: bool = False,
     threads: int | None = None,
-    duration: str | float = 3.0,
+    duration: str | float = _DURATION,
     html: bool | None = None,
     junit: str | Path | None = None,
     output: str | Path | None = None,
@@ -107,7 +109,7 @@ def bench(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     options = {
         "--backend": backends, "--data": data, "--max": maximum, "--vs": versus, "--regress": regress,
-        "--compile": compile, "--threads": threads, "--duration": duration,
+        "--compile": compile, "--threads": threads, **_timing_options(require_stable, duration),
     }  # fmt: skip
     run = _Run("bench", opened, options, Destination(opened.path / "reports", output, html, junit, force))
     stream = open_stream(opened, data, 1)
@@ -177,6 +179,7 @@ def _body(trial: Trial, promises: Promises, judged: dict[str, list[Gate]], strea
         "exit_code": code,
         "model": trial.bundle.manifest["model"],
         "precision": trial.bundle.precision,
+        "export_options": trial.bundle.manifest["options"],
         "inputs": [spec.as_dict() for spec in trial.bundle.inputs],
         "reference": {"source": "torch fp32" if trial.original else "recorded", "note": trial.reference_note},
         "data": {"source": stream.description, "samples": trial.samples},
@@ -252,6 +255,14 @@ def _torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _timing_options(require_stable: bool | None, duration: str | float) -> dict[str, Any]:
+    return {
+        "--require-stable": require_stable is True,
+        "--no-require-stable": require_stable is False,
+        "--duration": None if seconds(duration) == _DURATION else f"{seconds(duration):g}s",
+    }
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

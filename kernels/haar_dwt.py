@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgeattn.kernels._haar import filters, filters_text
+from edgeattn.kernels._haar import filters, filters_text, group_of
 from edgeattn.op import Op
 
 op = Op("haar_dwt", "(x[b c h w]) -> (s[b 4*c cdiv(h,2) cdiv(w,2)])")
@@ -19,10 +19,13 @@ def reference(x: Tensor) -> Tensor:
 
 @op.onnx
 def body(dims, attributes, dtype):
+    places = None if None in (dims["h"], dims["w"]) else dims["h"] * dims["w"]
+    group = group_of(dims["c"], places, 20 * 20)
     # SAME_UPPER pads an odd size by one at the end, whatever the size: no Pad node, and nothing to specialise.
     return f"""
-        {filters_text(dims["c"], dtype)}
-        s = Conv<auto_pad = "SAME_UPPER", kernel_shape = [2, 2], strides = [2, 2], group = {dims["c"]}>(x, filters)
+        {filters_text(dims["c"], group, dtype)}
+        s = Conv<auto_pad = "SAME_UPPER", kernel_shape = [2, 2], strides = [2, 2],
+            group = {dims["c"] // group}>(x, filters)
     """
 
 

@@ -3,11 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgeattn.kernels._haar import filters, filters_text
+from edgeattn.kernels._haar import filters, filters_text, group_of
 from edgeattn.op import Op
 
 op = Op("haar_idwt", "(s[b e p q], base[b c h w]) -> (out[b c h w])")  # e = 4 c, p = ceil(h / 2), q = ceil(w / 2)
-op.dynamic = ("b", "h", "w", "p", "q")
 
 
 @op.reference
@@ -23,6 +22,7 @@ def body(dims, attributes, dtype):
     height, width = dims["h"], dims["w"]
     static = height is not None and width is not None
     pads = f"[0, 0, {height % 2}, {width % 2}]" if static else "[0, 0, 0, 0]"
+    group = group_of(dims["c"], height * width if static else None, 10 * 10)
     crop = """
         size = Shape<start = 2, end = 4>(base)
         corner = Constant<value_ints = [0, 0]>()
@@ -30,9 +30,9 @@ def body(dims, attributes, dtype):
         restored = Slice(full, corner, size, axes)
     """
     return f"""
-        {filters_text(dims["c"], dtype)}
+        {filters_text(dims["c"], group, dtype).replace("x)", "base)")}
         {"restored" if static else "full"} = ConvTranspose<kernel_shape = [2, 2], strides = [2, 2], pads = {pads},
-            group = {dims["c"]}>(s, filters)
+            group = {dims["c"] // group}>(s, filters)
         {"" if static else crop}
         out = Add(base, restored)
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -10,7 +11,18 @@ from torch import Tensor, nn
 
 from edgeattn.kernels import haar_dwt, haar_idwt, selective_scan
 from edgeattn.model import Checkpoint, Model, image, register
-from edgeattn.models._layers import ConvNorm, FeedForward, Residual, ThreeStages, depthwise
+from edgeattn.models._channels import Channels, store
+from edgeattn.models._layers import (
+    ConvNorm,
+    FeedForward,
+    Residual,
+    ThreeStages,
+    depthwise,
+    fold,
+    fold_children,
+    fuse_conv_norm,
+    set_weights,
+)
 
 _GLOBAL_RATIO = (0.8, 0.7, 0.6)
 _LOCAL_RATIO = (0.2, 0.2, 0.3)
@@ -61,6 +73,60 @@ class Scan2d(nn.Module):
         return normed.reshape(x.shape)
 
 
+class ScanTokens(nn.Module):
+    """Deploy form of `Scan2d`, times `scale` per channel: between the convolutions a token is a row."""
+
+    def __init__(self, scan: Scan2d, scale: Tensor) -> None:
+        super().__init__()
+        inner = scan.conv2d.in_channels
+        entry, exit_ = fuse_conv_norm(scan.in_proj.c, scan.in_proj.bn), fuse_conv_norm(scan.out_proj.c, scan.out_proj.bn)
+        self.widths = scan.widths
+        self.enter, self.gate = _rows(entry, slice(0, inner)), _rows(entry, slice(inner, None))
+        self.mix = copy.deepcopy(scan.conv2d)
+        self.project = nn.Parameter(scan.x_proj_weight.detach().transpose(1, 2).contiguous())  # [2, inner, r + 2]
+        self.expand = nn.Parameter(scan.dt_projs_weight.detach().transpose(1, 2).contiguous())  # [2, r, inner]
+        rate = -torch.exp(scan.A_logs.detach().double()).unflatten(0, (2, -1))
+        self.rate = nn.Parameter(rate.to(scan.A_logs.dtype))
+        self.skip = nn.Parameter(scan.Ds.detach().unflatten(0, (2, -1)).clone())
+        self.offset = nn.Parameter(scan.dt_projs_bias.detach().clone())
+        self.norm = copy.deepcopy(scan.out_norm)
+        factor = scale.detach().double().flatten()
+        weight = exit_.weight.detach().double() * factor.reshape(-1, 1, 1, 1)
+        self.leave = set_weights(exit_, weight, exit_.bias.detach().double() * factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        tokens = F.silu(_tokens(self.mix(self.enter(x))))  # [b, l, inner]
+        codes, enter, leave = (tokens.unsqueeze(1) @ self.project).split(self.widths, -1)  # [b, 2, l, r or 1]
+        y = selective_scan.op(
+            tokens.transpose(1, 2).unsqueeze(1),
+            (codes @ self.expand).transpose(2, 3),
+            self.rate,
+            enter.transpose(2, 3),
+            leave.transpose(2, 3),
+            self.skip,
+            self.offset,
+            directions=_DIRECTIONS,
+            delta_softplus=1,
+        )
+        y = self.norm(y.transpose(1, 2)) * F.silu(_tokens(self.gate(x)))
+        out: Tensor = self.leave(y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
+        return out
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Lay the pixels of a map [b, c, h, w] out as rows, [b, h w, c]."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _rows(conv: nn.Conv2d, rows: slice) -> nn.Conv2d:
+    """Return a pointwise convolution with some of the outputs of `conv`."""
+    assert conv.bias is not None
+    weight, bias = conv.weight[rows], conv.bias[rows]
+    like = nn.Conv2d(conv.in_channels, len(bias), 1).to(weight)
+    return set_weights(like, weight, bias)
+
+
 class Scale(nn.Module):
     """One factor per channel."""
 
@@ -94,6 +160,26 @@ class WaveletScan(nn.Module):
         out: Tensor = haar_idwt.op(bands, base)
         return out
 
+    def deploy(self, align: int = 1) -> nn.Module:
+        """Return the form with `base_scale` and `wavelet_scale` in the weights."""
+        return ScanAndBands(self)
+
+
+class ScanAndBands(nn.Module):
+    """Deploy form of `WaveletScan`."""
+
+    def __init__(self, branch: WaveletScan) -> None:
+        super().__init__()
+        self.scan = ScanTokens(branch.global_atten, branch.base_scale.weight)
+        self.bands = copy.deepcopy(branch.wavelet_convs[0])
+        scale = branch.wavelet_scale[0].weight.detach().double().reshape(-1, 1, 1, 1)
+        set_weights(self.bands, self.bands.weight.detach().double() * scale, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        out: Tensor = haar_idwt.op(self.bands(haar_dwt.op(x)), self.scan(x))
+        return out
+
 
 class LocalConv(nn.Module):
     """Local branch: depthwise convolution, norm, ReLU, one scale per channel, norm."""
@@ -110,6 +196,10 @@ class LocalConv(nn.Module):
         """Map [b, width, h, w] to the same shape."""
         out: Tensor = self.bn2(self.dwconv1x1(self.act(self.bn1(self.dwconv3x3(x)))))
         return out
+
+    def deploy_pair(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        """Return both convolutions with their norms folded."""
+        return fuse_conv_norm(self.dwconv3x3, self.bn1), fuse_conv_norm(self.dwconv1x1, self.bn2)
 
 
 class MultiReceptive(nn.Module):
@@ -129,6 +219,47 @@ class MultiReceptive(nn.Module):
         wide, near, passed = x.split(self.widths, 1)
         out: Tensor = self.proj(torch.cat([self.global_op(wide), self.local_op(near), passed], 1))
         return out
+
+    def deploy(self, align: int = 1) -> nn.Module:
+        """Return the form with norms folded and aligned branches."""
+        return AlignedBranches(self, align)
+
+
+class AlignedBranches(nn.Module):
+    """Deploy form of `MultiReceptive`: a branch reads whole groups of `align` channels, its neighbours' included.
+
+    What the local and identity branches make of foreign channels meets zero weights in the projection.
+    """
+
+    def __init__(self, mixer: MultiReceptive, align: int) -> None:
+        super().__init__()
+        width, (wide, near, passed) = sum(mixer.widths), mixer.widths
+        local, rest = _window(wide, near, width, align), _window(wide + near, passed, width, align)
+        self.spans = [(0, wide), (local.start, local.stop), (rest.start, rest.stop)]
+        self.global_op = fold(mixer.global_op, align)
+        first, second = mixer.local_op.deploy_pair()
+        stored = Channels(tuple(range(wide - local.start, wide - local.start + near)), len(local))
+        self.local_op = nn.Sequential(store(first, stored, stored), nn.ReLU(), store(second, stored, stored))
+        places = [*range(wide), *(wide + place for place in stored.places)]
+        places += [wide + len(local) + channel - rest.start for channel in range(wide + near, width)]
+        proj = fuse_conv_norm(mixer.proj[1].c, mixer.proj[1].bn)
+        inputs = Channels(tuple(places), wide + len(local) + len(rest))
+        self.proj = nn.Sequential(nn.ReLU(), store(proj, inputs, Channels.joined(width, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        wide, near, passed = (x[:, start:stop] for start, stop in self.spans)
+        parts = [self.global_op(wide), self.local_op(near), passed]
+        out: Tensor = self.proj(torch.cat(parts if passed.shape[1] else parts[:2], 1))
+        return out
+
+
+def _window(start: int, count: int, width: int, align: int) -> range:
+    """Return whole groups of channels that hold [start, start + count), moved left where they would pass the end."""
+    size = min(-(-count // align) * align, width)
+    start = min(start, width - size)
+    return range(start, start + size)
+
 
 
 class Mixer(nn.Module):
@@ -166,8 +297,21 @@ def _nearest16(count: int) -> int:
     return (count + 8) // 16 * 16
 
 
-def _mobilemamba(widths: tuple[int, ...], depths: tuple[int, ...]) -> nn.Module:
-    return ThreeStages(widths, depths, lambda stage, width: Block(width, stage))
+class MobileMamba(ThreeStages):
+    """The network; its deploy form also keeps the maps of the stem in whole groups of channels."""
+
+    def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...], classes: int = 1000) -> None:
+        super().__init__(widths, depths, lambda stage, width: Block(width, stage), classes)
+
+    def deploy(self, align: int = 1) -> nn.Module:
+        """Return the exact inference form; split channels and those of the stem are padded to multiples of `align`."""
+        folded = fold_children(self, align)
+        convs = [(place, layer) for place, layer in enumerate(folded.patch_embed) if isinstance(layer, nn.Conv2d)]
+        maps = [Channels.joined(conv.in_channels, align if place else 1) for place, conv in convs]
+        maps.append(Channels.joined(convs[-1][1].out_channels, 1))
+        for (place, conv), inputs, outputs in zip(convs, maps, maps[1:], strict=False):
+            folded.patch_embed[place] = store(conv, inputs, outputs)
+        return folded
 
 
 _B_WIDTHS, _B_DEPTHS = (200, 376, 448), (2, 3, 2)
@@ -186,7 +330,7 @@ for _name, _size, _widths, _depths, _parameters, _macs, _top1 in _VARIANTS:
         Model(
             name=_name,
             family="mobilemamba",
-            build=functools.partial(_mobilemamba, _widths, _depths),
+            build=functools.partial(MobileMamba, _widths, _depths),
             inputs=image(_size),
             parameters=_parameters,
             macs=_macs,

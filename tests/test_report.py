@@ -88,7 +88,8 @@ def make(noise: float = 4e-7, verdict: str = "pass", nan: int = 0, ort_ms: float
         "host": {"device": "Test <CPU>", "os": "Linux", "python": "3.10.1", "cores": 4, "packages": {"numpy": "2.0"}},
         "state": {"before": state, "after": state, "background_cores": 0.1, "threads": 2, "affinity": [0, 1]},
         "model": {"family": "test", "variant": "tiny", "source": "here", "weights_sha256": "seeded"},
-        "precision": "fp32", "inputs": [spec], "reference": {"source": "torch fp32", "note": ""},
+        "precision": "fp32", "export_options": {"dims": ["batch=1:4"]}, "inputs": [spec],
+        "reference": {"source": "torch fp32", "note": ""},
         "data": {"source": "8 pictures", "samples": 8}, "warnings": ["seeded weights"], "skipped": [],
         "gates": [gate.as_dict() for gate in judged],
         "backends": [backend("torch", None, "reference"), backend("ort", comparison, verdict)],
@@ -209,6 +210,7 @@ def test_the_page_needs_no_network_and_tells_the_verdict_first() -> None:
     for expected in ("2.50 ms", "4.0x", "limit 5.0e-06", "Test <CPU>", "seeded weights", "cat-", "8 pictures"):
         assert expected in page.text, expected
     assert "edgeattn validate 'tiny fp32.edgeattn'" in page.text
+    assert "edgeattn export tiny --precision fp32 --dim batch=1:4 -o 'tiny fp32.edgeattn'" in page.text
     pictures = [base64.b64decode(item.partition(",")[2]) for item in page.references]
     assert sum(picture.startswith(b"<?xml") for picture in pictures) == 4
     assert sum(picture.startswith(b"\x89PNG") for picture in pictures) == 1

@@ -498,6 +498,7 @@ def test_bench_measures_latency_alone(make):
     assert (report["verdict"], report["data"]["samples"], report["gates"]) == ("pass", 0, [])
     check_schema(report, "bench")
     assert report.path.name == "bench-0001.json"
+    assert report["command"][3:] == ["--threads", "2", "--no-require-stable", "--duration", "0.2s"]
     assert {result["backend"] for result in report["results"]} == {"torch", "ort"}
     assert min(result["n"] for result in report["results"]) >= 200
 
