@@ -10,13 +10,13 @@ from torch import Tensor
 from edgeattn.errors import UsageError
 from edgeattn.kernels._statements import Statements
 
-# ONNX Runtime's blocked depthwise convolution: 30 times slower where this does not divide the channels.
+# ONNX Runtime's depthwise convolution is 30 times slower where this does not divide the channels.
 _BLOCK = 16
 
 
 def check(op: str, q: Tensor, v: Tensor, num_heads: int, window: Sequence[int], interval: Sequence[int]) -> None:
     """Raise EA0110 unless whole windows cover the map and whole heads the channels."""
-    for name, size, side, step in zip(("h", "w"), q.shape[2:], window, interval, strict=True):
+    for name, size, side, step in zip("hw", q.shape[2:], window, interval, strict=True):
         if size % (side * max(step, 1)):
             raise UsageError("EA0110", f"{op}: {name} = {size} is no multiple of {side * max(step, 1)}: pad the map")
     for name, size in (("c", q.shape[1]), ("e", v.shape[1])):
@@ -41,131 +41,8 @@ def _places(size: int, window: int, interval: int) -> np.ndarray:
     return np.arange(size).reshape(-1, window, step).transpose(0, 2, 1).reshape(-1, window)
 
 
-def attention_body(
-    dims: Mapping[str, int | None], attributes: Mapping[str, Any], dtype: str, intervals: Sequence[Sequence[int]]
-) -> str:
-    """Return the statements of the attention summed over the partitions with these intervals."""
-    heads, window, scale = attributes["num_heads"], attributes["window"], attributes["scale"]
-    body = _Body(heads, scale, dtype)
-    height, width, e = dims["h"], dims["w"], dims["e"]
-    if height is None or width is None:
-        body.any_map(dims["c"], e, window, intervals)
-    elif [height, width] == list(window):
-        body.one_window(dims["c"], e, height, width, len(intervals))
-    else:
-        body.known_map(dims["c"], e, [window_pixels(height, width, window, each) for each in intervals], height, width)
-    return str(body)
-
-
-class _Body(Statements):
-    """A body under construction: q, k and v are its inputs, out its output."""
-
-    def __init__(self, heads: int, scale: float, dtype: str) -> None:
-        super().__init__()
-        self.heads, self.scale, self.dtype = heads, scale, dtype
-
-    def one_window(self, c: int, e: int, height: int, width: int, partitions: int) -> None:
-        """All partitions coincide: one attention, channels first, times their number."""
-        q, k, v = (self._heads(name, size, height * width) for name, size in (("q", c), ("k", c), ("v", e)))
-        weights = self._softmax(self.add("MatMul", self.add("Transpose", q, perm=[0, 1, 3, 2]), k))
-        if partitions > 1:
-            weights = self.add("Mul", weights, self.const(float(partitions), self.dtype))
-        out = self.add("MatMul", v, self.add("Transpose", weights, perm=[0, 1, 3, 2]))  # [b, heads, e / heads, n]
-        self.add("Reshape", out, self.const([0, e, height, width]), out="out")
-
-    def _heads(self, name: str, channels: int, tokens: int) -> str:
-        return self.add("Reshape", name, self.const([0, self.heads, channels // self.heads, tokens]))
-
-    def known_map(self, c: int, e: int, partitions: Sequence[np.ndarray], height: int, width: int) -> None:
-        """One gather lists the windows of all partitions, head by head; another brings every pixel's results back."""
-        windows = np.concatenate(partitions)
-        rows = windows[:, None, :] * self.heads + np.arange(self.heads)[:, None]  # [windows, heads, tokens]
-        q, k, v = (
-            self.add("Gather", self._tokens(name, size, height * width), self.const(rows), axis=1)
-            for name, size in (("q", c), ("k", c), ("v", e))
-        )  # [b, windows, heads, tokens, channels / heads]
-        weights = self._softmax(self.add("MatMul", q, self.add("Transpose", k, perm=[0, 1, 2, 4, 3])))
-        found = self.add("Reshape", self.add("MatMul", weights, v), self.const([0, rows.size, e // self.heads]))
-        places = [each.reshape(height, width, self.heads) for each in _returns(partitions, self.heads)]
-        self._sum(found, e, places, height, width)
-
-    def _tokens(self, name: str, channels: int, tokens: int) -> str:
-        """Return the map as rows of one head of one pixel each."""
-        last = self.add("Transpose", name, perm=[0, 2, 3, 1])
-        return self.add("Reshape", last, self.const([0, tokens * self.heads, channels // self.heads]))
-
-    def _sum(self, found: str, e: int, places: Sequence[np.ndarray], height: int, width: int) -> None:
-        """Add what the partitions found for each pixel.
-
-        Written as a depthwise convolution over interleaved rows, the sum comes out in the blocked layout that its two
-        readers need, which saves them three reorders (2 to 3 % of EMOv2).
-        """
-        count = len(places)
-        if count == 1 or e % _BLOCK:
-            parts = [self.add("Gather", found, self.const(each), axis=1) for each in places]
-            total = parts[0] if count == 1 else self.add("Sum", *parts)
-            self._to_map(total, e, height, width, out="out")
-            return
-        rows = np.stack(places, 1).reshape(height * count, width, self.heads)
-        stacked = self._to_map(self.add("Gather", found, self.const(rows), axis=1), e, height * count, width)
-        ones = self.const(np.ones((e, 1, count, 1)), self.dtype)
-        self.add("Conv", stacked, ones, group=e, kernel_shape=[count, 1], strides=[count, 1], out="out")
-
-    def _to_map(self, tokens: str, e: int, height: int, width: int, out: str = "") -> str:
-        rows = self.add("Reshape", tokens, self.const([0, height, width, e]))
-        return self.add("Transpose", rows, perm=[0, 3, 1, 2], out=out)
-
-    def any_map(self, c: int, e: int, window: Sequence[int], intervals: Sequence[Sequence[int]]) -> None:
-        """Sizes known at run time only: the windows by Reshape and Transpose in eight dimensions."""
-        sizes = {"b": self._size(0), "h": self._size(2), "w": self._size(3)}
-        parts = [self._partition(c, e, sizes, window, interval) for interval in intervals]
-        self.add("Sum", *parts, out="out")
-
-    def _partition(
-        self, c: int, e: int, sizes: Mapping[str, str], window: Sequence[int], interval: Sequence[int]
-    ) -> str:
-        rows = self._grid(sizes["h"], window[0], interval[0])  # blocks, window side, interval
-        columns = self._grid(sizes["w"], window[1], interval[1])
-        tokens = window[0] * window[1]
-        q, k, v = (
-            self._windows(name, size // self.heads, tokens, rows, columns)
-            for name, size in (("q", c), ("k", c), ("v", e))
-        )  # [b heads windows, tokens, channels / heads]
-        weights = self._softmax(self.add("MatMul", q, self.add("Transpose", k, perm=[0, 2, 1])))
-        found = self.add("MatMul", weights, v)
-        split = self._shape([-1], rows[0], rows[2], columns[0], columns[2], rows[1], columns[1], [e // self.heads])
-        back = self.add("Transpose", self.add("Reshape", found, split), perm=[0, 7, 1, 5, 2, 3, 6, 4])
-        return self.add("Reshape", back, self._shape(sizes["b"], [e], sizes["h"], sizes["w"]))
-
-    def _windows(self, name: str, channels: int, tokens: int, rows: Sequence[str], columns: Sequence[str]) -> str:
-        split = self.add("Reshape", name, self._shape([-1, channels], *rows, *columns))
-        grouped = self.add("Transpose", split, perm=[0, 2, 4, 5, 7, 3, 6, 1])
-        return self.add("Reshape", grouped, self.const([-1, tokens, channels]))
-
-    def _grid(self, size: str, window: int, interval: int) -> tuple[str, str, str]:
-        """Return how one axis splits, outermost first."""
-        if not interval:
-            return self.const([1]), self.const([window]), self.add("Div", size, self.const([window]))
-        blocks = self.add("Div", size, self.const([window * interval]))
-        return blocks, self.const([window]), self.const([interval])
-
-    def _size(self, axis: int) -> str:
-        return self.add("Shape", "q", start=axis, end=axis + 1)
-
-    def _shape(self, *parts: str | list[int]) -> str:
-        return self.add("Concat", *(self.const(part) if isinstance(part, list) else part for part in parts), axis=0)
-
-    def _softmax(self, scores: str) -> str:
-        """Return the softmax of the scaled scores, in float32."""
-        wide = scores if self.dtype == "float" else self.add("Cast", scores, to=1)
-        if self.scale != 1.0:
-            wide = self.add("Mul", wide, self.const(self.scale, "float"))
-        weights = self.add("Softmax", wide, axis=-1)
-        return weights if self.dtype == "float" else self.add("CastLike", weights, "q")
-
-
-def _returns(partitions: Sequence[np.ndarray], heads: int) -> list[np.ndarray]:
-    """Return, per partition, where the result of every pixel and head lies among [windows, heads, tokens]: [n, heads]."""
+def window_returns(partitions: Sequence[np.ndarray], heads: int) -> list[np.ndarray]:
+    """Return, per partition, the row of every pixel and head among [windows, heads, tokens] of all: [pixels, heads]."""
     found, start = [], 0
     for windows in partitions:
         tokens = windows.shape[1]
@@ -173,3 +50,128 @@ def _returns(partitions: Sequence[np.ndarray], heads: int) -> list[np.ndarray]:
         found.append(((start + window)[:, None] * heads + np.arange(heads)) * tokens + slot[:, None])
         start += len(windows)
     return found
+
+
+def attention_body(
+    dims: Mapping[str, int | None], attributes: Mapping[str, Any], dtype: str, intervals: Sequence[Sequence[int]]
+) -> str:
+    """Return the statements of the attention summed over the partitions with these intervals, float32 inside."""
+    out = "out" if dtype == "float" else "wide"
+    body = _Body(dims["c"], dims["e"], attributes["num_heads"], attributes["scale"], out)
+    inputs = list("qkv") if dtype == "float" else [body.add("Cast", name, to=1) for name in "qkv"]
+    height, width, window = dims["h"], dims["w"], attributes["window"]
+    if height is None or width is None:
+        body.any_map(inputs, window, intervals)
+    elif [height, width] == list(window):
+        body.one_window(inputs, height, width, len(intervals))
+    else:
+        partitions = [window_pixels(height, width, window, interval) for interval in intervals]
+        body.known_map(inputs, height, width, partitions)
+    if dtype != "float":
+        body.add("CastLike", out, "q", out="out")
+    return str(body)
+
+
+class _Body(Statements):
+    """A body under construction for q and k with c channels, v with e; the result is called `out`."""
+
+    def __init__(self, c: int, e: int, heads: int, scale: float, out: str) -> None:
+        super().__init__()
+        self.e, self.heads, self.scale, self.out = e, heads, scale, out
+        self.widths = [c // heads, c // heads, e // heads]
+
+    def one_window(self, inputs: Sequence[str], height: int, width: int, partitions: int) -> None:
+        """All partitions coincide: one attention, channels first, times their number."""
+        q, k, v = (
+            self.add("Reshape", name, self.const([0, self.heads, size, height * width]))
+            for name, size in zip(inputs, self.widths, strict=True)
+        )
+        weights = self._softmax(self.add("MatMul", self.add("Transpose", q, perm=[0, 1, 3, 2]), k))
+        if partitions > 1:
+            weights = self.add("Mul", weights, self.const(float(partitions), "float"))
+        found = self.add("MatMul", v, self.add("Transpose", weights, perm=[0, 1, 3, 2]))  # [b, heads, e / heads, n]
+        self.add("Reshape", found, self.const([0, self.e, height, width]), out=self.out)
+
+    def known_map(self, inputs: Sequence[str], height: int, width: int, partitions: Sequence[np.ndarray]) -> None:
+        """One gather lists the windows of all partitions, head by head; another brings every pixel's results back."""
+        windows = np.concatenate(partitions)
+        rows = windows[:, None, :] * self.heads + np.arange(self.heads)[:, None]  # [windows, heads, tokens]
+        q, k, v = (
+            self.add("Gather", self._rows(name, size, height * width), self.const(rows), axis=1)
+            for name, size in zip(inputs, self.widths, strict=True)
+        )  # [b, windows, heads, tokens, c / heads]
+        weights = self._softmax(self.add("MatMul", q, self.add("Transpose", k, perm=[0, 1, 2, 4, 3])))
+        found = self.add("Reshape", self.add("MatMul", weights, v), self.const([0, rows.size, self.widths[2]]))
+        returns = window_returns(partitions, self.heads)
+        self._sum(found, [each.reshape(height, width, self.heads) for each in returns])
+
+    def _rows(self, name: str, size: int, pixels: int) -> str:
+        """Return a map as one row per pixel and head."""
+        last = self.add("Transpose", name, perm=[0, 2, 3, 1])
+        return self.add("Reshape", last, self.const([0, pixels * self.heads, size]))
+
+    def _sum(self, found: str, returns: Sequence[np.ndarray]) -> None:
+        """Add what the partitions found for each pixel.
+
+        As a depthwise convolution over interleaved rows the sum comes out in the blocked layout that its readers need,
+        which saves ONNX Runtime three reorders (2 to 3 % of EMOv2).
+        """
+        count = len(returns)
+        if count == 1 or self.e % _BLOCK:
+            parts = [self.add("Gather", found, self.const(rows), axis=1) for rows in returns]
+            self._to_map(parts[0] if count == 1 else self.add("Add", *parts), *returns[0].shape[:2], self.out)
+            return
+        height, width, heads = returns[0].shape
+        rows = self.const(np.stack(returns, 1).reshape(height * count, width, heads))
+        stacked = self._to_map(self.add("Gather", found, rows, axis=1), height * count, width)
+        ones = self.const(np.ones((self.e, 1, count, 1)), "float")
+        self.add("Conv", stacked, ones, group=self.e, kernel_shape=[count, 1], strides=[count, 1], out=self.out)
+
+    def _to_map(self, rows: str, height: int, width: int, out: str = "") -> str:
+        merged = self.add("Reshape", rows, self.const([0, height, width, self.e]))
+        return self.add("Transpose", merged, perm=[0, 3, 1, 2], out=out)
+
+    def any_map(self, inputs: Sequence[str], window: Sequence[int], intervals: Sequence[Sequence[int]]) -> None:
+        """Sizes known at run time only: windows by Reshape and Transpose in eight dimensions."""
+        size = self.add("Shape", "q", start=2)
+        names = [""] * len(intervals) if len(intervals) > 1 else [self.out]
+        sides = self.split(size, 0, 2)
+        parts = [
+            self._partition(
+                inputs, size, [self._grid(*axis) for axis in zip(sides, window, interval, strict=True)], name
+            )
+            for interval, name in zip(intervals, names, strict=True)
+        ]
+        if len(parts) > 1:
+            self.add("Add", *parts, out=self.out)
+
+    def _partition(self, inputs: Sequence[str], size: str, grid: Sequence[Sequence[str]], out: str) -> str:
+        (ny, wy, iy), (nx, wx, ix) = grid
+        tokens = self.add("Mul", wy, wx)
+        q, k, v = (
+            self._windows(name, width, grid, tokens) for name, width in zip(inputs, self.widths, strict=True)
+        )  # [b heads windows, tokens, c / heads]
+        weights = self._softmax(self.add("MatMul", q, self.add("Transpose", k, perm=[0, 2, 1])))
+        found = self.add("MatMul", weights, v)
+        split = self.add("Reshape", found, self._shape([-1], ny, iy, nx, ix, wy, wx, [self.widths[2]]))
+        back = self.add("Transpose", split, perm=[0, 7, 1, 5, 2, 3, 6, 4])
+        return self.add("Reshape", back, self._shape([-1, self.e], size), out=out)
+
+    def _windows(self, name: str, width: int, grid: Sequence[Sequence[str]], tokens: str) -> str:
+        split = self.add("Reshape", name, self._shape([-1, width], *grid[0], *grid[1]))
+        grouped = self.add("Transpose", split, perm=[0, 2, 4, 5, 7, 3, 6, 1])
+        return self.add("Reshape", grouped, self._shape([-1], tokens, [width]))
+
+    def _grid(self, size: str, window: int, interval: int) -> tuple[str, str, str]:
+        """Return into what one axis splits: blocks, slots of a window, interval."""
+        if not interval:
+            return self.const([1]), self.const([window]), self.add("Div", size, self.const([window]))
+        return self.add("Div", size, self.const([window * interval])), self.const([window]), self.const([interval])
+
+    def _shape(self, *parts: str | list[int]) -> str:
+        return self.add("Concat", *(self.const(part) if isinstance(part, list) else part for part in parts), axis=0)
+
+    def _softmax(self, scores: str) -> str:
+        if self.scale != 1.0:
+            scores = self.add("Mul", scores, self.const(self.scale, "float"))
+        return self.add("Softmax", scores, axis=-1)

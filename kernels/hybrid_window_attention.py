@@ -1,4 +1,4 @@
-"""Hybrid window attention (EMOv2): the sum of attention in dilated windows over the whole map and in contiguous ones."""
+"""Hybrid window attention (EMOv2): attention in dilated windows over the whole map plus attention in contiguous ones."""
 
 from torch import Tensor
 

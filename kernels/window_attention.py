@@ -31,7 +31,8 @@ def reference(
 def _windows(x: Tensor, heads: int, window: list[int], interval: list[int]) -> Tensor:
     """Group [b, c, h, w] into [b, windows along y (2 axes) and x (2 axes), heads, tokens, c / heads]."""
     batch, channels, height, width = x.shape
-    (wy, wx), (iy, ix) = window, (step or size // side for step, size, side in zip(interval, x.shape[2:], window))
+    wy, wx = window
+    iy, ix = interval[0] or height // wy, interval[1] or width // wx
     x = x.reshape(batch, heads, channels // heads, height // (wy * iy), wy, iy, width // (wx * ix), wx, ix)
     return x.permute(0, 3, 5, 6, 8, 1, 4, 7, 2).flatten(6, 7)
 

@@ -6,14 +6,25 @@ Source: github.com/ysj9909/SHViT.
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgeattn.kernels import single_head_attention
 from edgeattn.model import Checkpoint, Model, image, register
-from edgeattn.models._layers import ConvNorm, FeedForward, Residual, ThreeStages, depthwise
+from edgeattn.models._layers import (
+    ConvNorm,
+    FeedForward,
+    Residual,
+    ThreeStages,
+    depthwise,
+    fold,
+    fuse_conv_norm,
+    set_weights,
+)
 
 _KEY_WIDTH = 16
 
@@ -37,6 +48,44 @@ class SingleHeadAttention(nn.Module):
         attended = single_head_attention.op(q, k, v, scale=_KEY_WIDTH**-0.5).reshape(batch, -1, height, wide)
         mixed: Tensor = self.proj(torch.cat([attended, passed], 1))
         return mixed
+
+    def deploy(self, align: int = 1) -> nn.Module:
+        """Return the same without norms: their affine parts and the softmax scale are in the convolutions."""
+        return _Deployed(self)
+
+
+class _Deployed(nn.Module):
+    """Single-head attention with plain convolutions; the group norm keeps its statistics only."""
+
+    def __init__(self, original: SingleHeadAttention) -> None:
+        super().__init__()
+        self.widths = original.widths
+        self.eps = original.pre_norm.eps
+        self.qkv = _fold_affine(original)
+        self.proj = fold(original.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, width, h, w] to the same shape."""
+        batch, _, height, wide = x.shape
+        attended, passed = x.split(self.widths, 1)
+        # One group over the whole sample is a layer norm over all axes but the batch: one node, no reshapes.
+        normed = functional.layer_norm(attended, attended.shape[1:], eps=self.eps)
+        q, k, v = self.qkv(normed).flatten(2).split([_KEY_WIDTH, _KEY_WIDTH, self.widths[0]], 1)
+        attended = single_head_attention.op(q, k, v, scale=1.0).reshape(batch, -1, height, wide)
+        mixed: Tensor = self.proj(torch.cat([attended, passed], 1))
+        return mixed
+
+
+def _fold_affine(original: SingleHeadAttention) -> nn.Conv2d:
+    """Return the q, k, v convolution that also does the affine part of the norm ahead and the scale of the softmax."""
+    conv, norm = original.qkv.c, original.pre_norm
+    wide = fuse_conv_norm(copy.deepcopy(conv).double(), original.qkv.bn)
+    assert wide.bias is not None
+    bias = wide.bias.detach() + wide.weight.detach()[:, :, 0, 0] @ norm.bias.detach().double()
+    weight = wide.weight.detach() * norm.weight.detach().double().reshape(1, -1, 1, 1)
+    scale = torch.ones_like(bias)
+    scale[:_KEY_WIDTH] = _KEY_WIDTH**-0.5
+    return set_weights(wide.to(conv.weight), weight * scale.reshape(-1, 1, 1, 1), bias * scale)
 
 
 class Block(nn.Module):

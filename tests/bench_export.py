@@ -159,18 +159,28 @@ def openvino_model(path: Path) -> Any:
 
 
 def interleave(runs: dict[str, Callable[[], Any]], rounds: int, turn_s: float = 0.25) -> dict[str, float]:
-    """Run the backends in turns; the first runs of a turn let the other pools' threads go to sleep and do not count."""
+    """Run the backends in turns and return their median milliseconds.
+
+    A pause lets the threads of the backend before stop spinning (they would take half of both cores for 60 ms), the
+    first calls of a turn do not count, and every turn has the same number of calls: a slot of time would count fast
+    periods more often than slow ones.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    calls = {name: max(3, round(turn_s / min(timed(run) for _ in range(3)))) for name, run in runs.items()}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(0.1)
             for _ in range(3):
                 run()
-            until = time.perf_counter() + turn_s
-            while time.perf_counter() < until:
-                start = time.perf_counter()
-                run()
-                samples[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in samples.items()}
+            samples[name] += [timed(run) for _ in range(calls[name])]
+    return {name: 1e3 * statistics.median(values) for name, values in samples.items()}
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Return the seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def count_nodes(graph: onnx.ModelProto) -> int:
