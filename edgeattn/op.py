@@ -173,9 +173,10 @@ class Op:
         return tensors
 
     def _run(self, *arguments: Any) -> Any:
-        """Run on the CPU; outputs never alias inputs, as custom ops require."""
+        """Run on the CPU; outputs are contiguous, as the fake promises."""
         tensors, attributes = self._separate(arguments)
-        return (self._fast or self.call_reference)(*tensors, **attributes)
+        found = (self._fast or self.call_reference)(*tensors, **attributes)
+        return tuple(each.contiguous() for each in found) if isinstance(found, tuple) else found.contiguous()
 
     def _separate(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         count = len(self.signature.inputs)

@@ -30,6 +30,12 @@ class Statements:
         self._append(names, "Split", [value], {"axis": axis, "num_outputs": parts})
         return names
 
+    def scan(self, attributes: str, *inputs: str) -> str:
+        """Append a Scan of one carried state and one output with these attributes; return the name of the output."""
+        name = f"v{len(self._lines)}"
+        self._lines.append(f"{name}_last, {name} = Scan<{attributes}>({', '.join(inputs)})")
+        return name
+
     def const(self, values: Any, dtype: str = "int64") -> str:
         """Return the name of a constant; equal ones are stated once."""
         text = constant("value", values, dtype)

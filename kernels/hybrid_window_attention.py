@@ -1,5 +1,6 @@
-"""Hybrid window attention (EMOv2): attention in dilated windows over the whole map plus attention in contiguous ones."""
+"""Hybrid window attention (EMOv2): attention in windows dilated over the whole map, plus attention in contiguous ones."""
 
+import torch
 from torch import Tensor
 
 from edgeattn.kernels._windows import attention_body, check, widened
@@ -20,10 +21,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, window: list[i
     """
     check("hybrid_window_attention", q, v, num_heads, window, [1, 1])
     height, width = q.shape[2:]
+    both = torch.cat([q, k], 1)  # one tensor as in the original, where one convolution makes it
     total = []
     for remote in (True, False):
-        rows, columns, values = (_tokens(_windows(widened(x), window, remote), num_heads) for x in (q, k, v))
-        weights = (rows @ columns.transpose(-2, -1) * scale).softmax(-1)
+        rows = _windows(widened(both), window, remote).unflatten(1, (2, num_heads, -1)).permute(1, 0, 2, 4, 5, 3)
+        values = _windows(widened(v), window, remote).unflatten(1, (num_heads, -1)).permute(0, 1, 3, 4, 2)
+        rows, values = rows.flatten(3, 4), values.flatten(2, 3)  # [b windows, heads, tokens, channels]
+        weights = (rows[0] @ rows[1].transpose(-2, -1) * scale).softmax(-1)
         total.append(_map(weights @ values, window, height, width, remote))
     return (total[0] + total[1]).to(q.dtype)
 
@@ -37,13 +41,6 @@ def _windows(x: Tensor, window: list[int], remote: bool) -> Tensor:
     else:
         x = x.reshape(batch, channels, height // wy, wy, width // wx, wx).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(-1, channels, wy, wx)
-
-
-def _tokens(x: Tensor, heads: int) -> Tensor:
-    """Split the channels of [b windows, c, wy, wx] into heads, tokens last but one."""
-    count, channels, wy, wx = x.shape
-    x = x.reshape(count, heads, channels // heads, wy, wx).permute(0, 1, 3, 4, 2)
-    return x.reshape(count, heads, wy * wx, channels // heads)
 
 
 def _map(x: Tensor, window: list[int], height: int, width: int, remote: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,12 +114,56 @@ op.cases = [
     dict(b=2, j=2, k=2, d=6, s=4, l=13, directions=[0, 1], delta_softplus=1),
     dict(b=1, j=1, k=4, d=5, s=3, l=10, directions=[0, 1, 0, 1], delta_softplus=0),
 ]
-op.ranges = {"A": (-3.0, -0.1)}
+op.ranges = {"A": (-3.0, -0.1), "delta": (0.0, 1.5)}  # without softplus a negative step lets the state grow
 
 
 @op.onnx
 def body(dims, attributes, dtype):
-    return str(_static(dims, attributes, dtype))
+    if dims["l"] is not None and dims["s"] == 1 and dims["j"] == 1:
+        return str(_static(dims, attributes, dtype))
+    return _generic(dims, attributes, dtype)
+
+
+def _generic(dims, attributes, dtype):
+    """Any length, batch and state size: one ONNX Scan per direction, which walks backwards where the direction does.
+
+    What does not depend on the state (decays and drives, time-major [l, b, d, s]) is computed for all steps at once.
+    """
+    k, inputs = dims["k"], dims["j"]
+    body = Statements()
+    step = body.add("Add", _single(body, "delta", dtype), body.add("Unsqueeze", "delta_bias", body.const([2])))
+    step = _softplus(body, step) if attributes["delta_softplus"] else step
+    steps, rates, skips = body.split(step, 1, k), body.split("A", 0, k), body.split("Dskip", 0, k)
+    enters, leaves = (body.split(_single(body, name, dtype), 1, k) for name in ("Bm", "Cm"))
+    tokens = body.split(_single(body, "u", dtype), 1, inputs)
+    parts = []
+    for way, direction in enumerate(attributes["directions"]):
+        dt, x = (body.add("Transpose", value, perm=[3, 0, 2, 1]) for value in (steps[way], tokens[way % inputs]))
+        enter, leave = (body.add("Transpose", value, perm=[3, 0, 1, 2]) for value in (enters[way], leaves[way]))
+        rate = body.add("Squeeze", rates[way], body.const([0]))  # [d, s]
+        decay = body.add("Exp", body.add("Mul", dt, rate))
+        drive = body.add("Mul", body.add("Mul", dt, x), enter)
+        states = _scan(body, decay, drive, direction)
+        y = body.add("ReduceSum", body.add("Mul", states, leave), body.const([3]), keepdims=1)
+        skip = body.add("Mul", x, body.add("Transpose", skips[way], perm=[1, 0]))
+        parts.append(body.add("Add", y, skip))
+    total = body.add("Squeeze", body.add("Sum", *parts), body.const([3]))  # [l, b, d]
+    _finish(body, body.add("Transpose", total, perm=[1, 2, 0]), dtype)
+    return str(body)
+
+
+def _scan(body, decay, drive, direction):
+    """Append `h_t = decay_t h_(t-1) + drive_t` along the first axis; return all states in natural order."""
+    start = body.add("ConstantOfShape", body.add("Shape", drive, start=1))
+    values = [f"float[scan_b, scan_d, scan_s] {name}" for name in ("held", "kept", "added", "next", "state")]
+    step = "{ faded = Mul(kept, held) next = Add(faded, added) state = Identity(next) }"
+    graph = f"step ({', '.join(values[:3])}) => ({', '.join(values[3:])}) {step}"
+    ways = f"scan_input_directions = [{direction}, {direction}], scan_output_directions = [{direction}]"
+    return body.scan(f"num_scan_inputs = 2, {ways}, body = {graph}", start, decay, drive)
+
+
+def _finish(body, value, dtype):
+    body.add("Identity" if dtype == "float" else "CastLike", *([value] if dtype == "float" else [value, "u"]), out="y")
 
 
 def _static(dims, attributes, dtype):
@@ -128,7 +173,6 @@ def _static(dims, attributes, dtype):
     chunks = -(-length // steps)
     body = Statements()
     visits = _visits(attributes["directions"], length, chunks * steps)
-    flat = [[[[place + length * way for place in row] for row in _rows(order, steps)] for way, order in enumerate(visits)]]
     shared = [_rows(order, steps) for order in visits]
     own = [_rows([place + length * way for place in order], steps) for way, order in enumerate(visits)]
     # delta
@@ -141,8 +185,8 @@ def _static(dims, attributes, dtype):
     x = body.add("Gather", tokens, body.const(shared), axis=1)
     column = [[[[p] for p in row] for row in rows] for rows in own]
     enter, leave = (
-        body.add("Gather", body.add("Reshape", _single(body, name, dtype), body.const([0, k * length])), body.const(column), axis=1)
-        for name in ("Bm", "Cm")
+        body.add("Gather", body.add("Reshape", value, body.const([0, k * length])), body.const(column), axis=1)
+        for value in (_single(body, "Bm", dtype), _single(body, "Cm", dtype))
     )
     rate = body.add("Unsqueeze", body.add("Transpose", "A", perm=[0, 2, 1]), body.const([1]))
     log_decay = body.add("Mul", step, rate)
@@ -157,7 +201,11 @@ def _static(dims, attributes, dtype):
             where[place] = t + way * chunks * steps
         parts.append(body.add("Gather", y, body.const(where), axis=1))
     skip = body.add("Mul", tokens, body.add("ReduceSum", "Dskip", body.const([0]), keepdims=0))
-    body.add("Transpose", body.add("Sum", *parts, skip), perm=[0, 2, 1], out="y")
+    total = body.add("Sum", *parts, skip)
+    if dtype == "float":
+        body.add("Transpose", total, perm=[0, 2, 1], out="y")
+    else:
+        body.add("CastLike", body.add("Transpose", total, perm=[0, 2, 1]), "u", out="y")
     return body
 
 

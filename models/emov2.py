@@ -186,7 +186,9 @@ class Block(nn.Module):
         middle = int(inputs * ratio)
         act = nn.GELU() if late else nn.SiLU()
         self.norm: nn.Module = ChannelNorm(inputs) if late else nn.BatchNorm2d(inputs, eps=_EPS)
-        expand = HybridAttention(inputs, middle, head_width, window, act) if head_width else Expansion(inputs, middle, act)
+        expand = (
+            HybridAttention(inputs, middle, head_width, window, act) if head_width else Expansion(inputs, middle, act)
+        )
         self.eops = nn.ModuleList([expand])
         self.conv_local: nn.Module = ConvNormAct(middle, middle, 5, stride, middle, norm=True, act=nn.SiLU())
         self.proj: nn.Module = ConvNormAct(middle, outputs)
