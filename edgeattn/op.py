@@ -76,6 +76,8 @@ class Op:
         self.cases: Sequence[Mapping[str, Any]] = ()
         # Batch, map and token sizes may change from call to call; channels, heads and states are fixed by the weights.
         self.dynamic: Sequence[str] = ("b", "h", "w", "l", "n", "m")
+        # Results that leave the range of float16 while the inputs are well inside: stays float32 in a float16 graph.
+        self.wide = False
         self.ranges: Mapping[str, tuple[float, float]] = {}
         self.doc = ""
         self._reference: Callable[..., Any] | None = None

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from edgeattn.errors import UnsupportedError
 from edgeattn.export.lower import edge_nodes
-from edgeattn.op import DOMAIN, Op
+from edgeattn.op import Op
 
 # Long sums, exponentials and divisions by small numbers: what half precision loses, the paper figures do not forgive.
 SENSITIVE = {
@@ -27,6 +27,7 @@ SENSITIVE = {
 # Inputs that stay float32 whatever the node: scales and sizes, not activations.
 _FLOAT_INPUTS = {"Resize": (1, 2), "Clip": (), "Pad": ()}
 _FLOAT16_MAX = 65504.0
+_MOVING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ def to_float16(model: ir.Model, keep: Sequence[str] = (), plan: Mapping[str, str
     """
     for position, node in enumerate(model.graph):
         node.name = node.name or f"node_{node.op_type}_{position}"
-    choices = [_choose(node, keep, plan or {}) for node in model.graph if _is_floating(node)]
-    low = {choice.node for choice in choices if choice.dtype == "float16"}
     ops = dict(edge_nodes(model))
+    choices = [_choose(node, keep, plan or {}, ops.get(node)) for node in model.graph if _is_floating(node)]
+    choices = _join_islands(model, choices)
+    low = {choice.node for choice in choices if choice.dtype == "float16"}
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     constants: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
@@ -79,7 +81,22 @@ def module_path(node: ir.Node) -> str:
     return names[-2] if len(names) > 1 else ""
 
 
-def _choose(node: ir.Node, keep: Sequence[str], plan: Mapping[str, str]) -> Choice:
+def _join_islands(model: ir.Model, choices: Sequence[Choice]) -> list[Choice]:
+    """Keep what only moves data between float32 nodes in float32: two casts less, and no value leaves the range."""
+    found = {choice.node: choice for choice in choices}
+    wide = {name for name, choice in found.items() if choice.dtype == "float32"}
+    for node in model.graph:
+        if node.op_type not in _MOVING or node.name not in found or found[node.name].reason != "default":
+            continue
+        before = [value.producer() for value in node.inputs[:1] if value is not None]
+        after = [use.node for value in node.outputs for use in value.uses()]
+        if after and all(each is not None and each.name in wide for each in (*before, *after)):
+            found[str(node.name)] = Choice(str(node.name), "float32", "between float32 nodes")
+            wide.add(str(node.name))
+    return list(found.values())
+
+
+def _choose(node: ir.Node, keep: Sequence[str], plan: Mapping[str, str], op: Op | None) -> Choice:
     name = node.name or ""
     if name in plan:
         return Choice(name, plan[name], "precision plan")
@@ -89,7 +106,9 @@ def _choose(node: ir.Node, keep: Sequence[str], plan: Mapping[str, str]) -> Choi
     matched = next((pattern for pattern in keep if fnmatch.fnmatchcase(path, pattern)), None)
     if matched is not None:
         return Choice(name, "float32", f"kept by {matched}")
-    if node.domain == DOMAIN:
+    if op is not None and op.wide:
+        return Choice(name, "float32", f"{op.onnx_name} has results beyond the range of float16")
+    if op is not None:
         return Choice(name, "float16", "float16 in and out, float32 inside")
     return Choice(name, "float16", "default")
 

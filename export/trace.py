@@ -41,7 +41,13 @@ def trace(
     dynamic = dims if any(dims) else None
     try:
         with quiet(), torch.no_grad():
-            return torch.export.export(module, tuple(inputs.values()), dynamic_shapes=dynamic)
+            # Deferred: guards that hold for every size but that sympy cannot prove would end a dynamic export.
+            return torch.export.export(
+                module,
+                tuple(inputs.values()),
+                dynamic_shapes=dynamic,
+                prefer_deferred_runtime_asserts_over_guards=dynamic is not None,
+            )
     except EdgeAttnError:
         raise
     except Exception as error:

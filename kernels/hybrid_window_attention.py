@@ -1,4 +1,4 @@
-"""Hybrid window attention (EMOv2): attention in windows dilated over the whole map, plus attention in contiguous ones."""
+"""Hybrid window attention (EMOv2): attention in windows dilated over the whole map plus attention in tiles."""
 
 import torch
 from torch import Tensor

@@ -114,7 +114,12 @@ op.cases = [
     dict(b=2, j=2, k=2, d=6, s=4, l=13, directions=[0, 1], delta_softplus=1),
     dict(b=1, j=1, k=4, d=5, s=3, l=10, directions=[0, 1, 0, 1], delta_softplus=0),
 ]
-op.ranges = {"A": (-3.0, -0.1), "delta": (0.0, 1.5)}  # without softplus a negative step lets the state grow
+op.wide = True  # a sum of products of three inputs
+op.ranges = {
+    "A": (-3.0, -0.1),
+    "delta": (0.5, 1.5),
+    "delta_bias": (-0.5, 0.5),
+}  # without softplus a negative step lets the state grow
 
 
 @op.onnx

@@ -55,22 +55,29 @@ class Scan2d(nn.Module):
         return out
 
     def scan(self, x: Tensor) -> Tensor:
-        """Scan the pixels of x [b, inner, h, w] both ways and normalise over channels."""
+        """Scan the pixels of x [b, inner, h, w] both ways and normalise over channels, in float32 at least.
+
+        The scan is cubic in x: its sum leaves the range of float16 while x is far inside, and so it did in the authors'
+        code, which leaves it in float32 under autocast.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
         tokens = x.flatten(2).unsqueeze(1)  # [b, 1, inner, l]
         codes, enter, leave = (self.x_proj_weight @ tokens).split(self.widths, 2)
         y = selective_scan.op(
-            tokens,
-            self.dt_projs_weight @ codes,
-            -torch.exp(self.A_logs).unflatten(0, (2, -1)),
-            enter,
-            leave,
-            self.Ds.unflatten(0, (2, -1)),
-            self.dt_projs_bias,
+            tokens.to(wide),
+            (self.dt_projs_weight @ codes).to(wide),
+            -torch.exp(self.A_logs.to(wide)).unflatten(0, (2, -1)),
+            enter.to(wide),
+            leave.to(wide),
+            self.Ds.to(wide).unflatten(0, (2, -1)),
+            self.dt_projs_bias.to(wide),
             directions=_DIRECTIONS,
             delta_softplus=1,
         )
-        normed: Tensor = self.out_norm(y.transpose(1, 2)).transpose(1, 2)
-        return normed.reshape(x.shape)
+        norm = self.out_norm
+        weight, bias = norm.weight.to(wide), norm.bias.to(wide)
+        normed = F.layer_norm(y.transpose(1, 2), norm.normalized_shape, weight, bias, norm.eps)
+        return normed.transpose(1, 2).reshape(x.shape).to(x.dtype)
 
 
 class ScanTokens(nn.Module):
@@ -79,7 +86,10 @@ class ScanTokens(nn.Module):
     def __init__(self, scan: Scan2d, scale: Tensor) -> None:
         super().__init__()
         inner = scan.conv2d.in_channels
-        entry, exit_ = fuse_conv_norm(scan.in_proj.c, scan.in_proj.bn), fuse_conv_norm(scan.out_proj.c, scan.out_proj.bn)
+        entry, exit_ = (
+            fuse_conv_norm(scan.in_proj.c, scan.in_proj.bn),
+            fuse_conv_norm(scan.out_proj.c, scan.out_proj.bn),
+        )
         self.widths = scan.widths
         self.enter, self.gate = _rows(entry, slice(0, inner)), _rows(entry, slice(inner, None))
         self.mix = copy.deepcopy(scan.conv2d)
@@ -197,7 +207,7 @@ class LocalConv(nn.Module):
         out: Tensor = self.bn2(self.dwconv1x1(self.act(self.bn1(self.dwconv3x3(x)))))
         return out
 
-    def deploy_pair(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+    def folded(self) -> tuple[nn.Conv2d, nn.Conv2d]:
         """Return both convolutions with their norms folded."""
         return fuse_conv_norm(self.dwconv3x3, self.bn1), fuse_conv_norm(self.dwconv1x1, self.bn2)
 
@@ -222,44 +232,47 @@ class MultiReceptive(nn.Module):
 
     def deploy(self, align: int = 1) -> nn.Module:
         """Return the form with norms folded and aligned branches."""
-        return AlignedBranches(self, align)
+        return TwoBranches(self, align)
 
 
-class AlignedBranches(nn.Module):
-    """Deploy form of `MultiReceptive`: a branch reads whole groups of `align` channels, its neighbours' included.
+class TwoBranches(nn.Module):
+    """Deploy form of `MultiReceptive`: the identity channels join the local branch.
 
-    What the local and identity branches make of foreign channels meets zero weights in the projection.
+    There they meet a filter that is one at its centre, a ReLU, which the one ahead of the projection makes harmless, and
+    a factor of one. The branch reads whole groups of `align` channels up to the last; what it makes of the global
+    channels among them meets zero weights in the projection.
     """
 
     def __init__(self, mixer: MultiReceptive, align: int) -> None:
         super().__init__()
-        width, (wide, near, passed) = sum(mixer.widths), mixer.widths
-        local, rest = _window(wide, near, width, align), _window(wide + near, passed, width, align)
-        self.spans = [(0, wide), (local.start, local.stop), (rest.start, rest.stop)]
+        wide, near, passed = mixer.widths
+        width = wide + near + passed
+        size = min(-(-(near + passed) // align) * align, width)
+        self.spans = ((0, wide), (width - size, width))
         self.global_op = fold(mixer.global_op, align)
-        first, second = mixer.local_op.deploy_pair()
-        stored = Channels(tuple(range(wide - local.start, wide - local.start + near)), len(local))
-        self.local_op = nn.Sequential(store(first, stored, stored), nn.ReLU(), store(second, stored, stored))
-        places = [*range(wide), *(wide + place for place in stored.places)]
-        places += [wide + len(local) + channel - rest.start for channel in range(wide + near, width)]
+        own = tuple(range(size - near - passed, size))
+        self.local_op = nn.Sequential(*(_widened(conv, passed, own, size) for conv in mixer.local_op.folded()))
+        self.local_op.insert(1, nn.ReLU())
+        inputs = Channels((*range(wide), *(wide + place for place in own)), wide + size)
         proj = fuse_conv_norm(mixer.proj[1].c, mixer.proj[1].bn)
-        inputs = Channels(tuple(places), wide + len(local) + len(rest))
         self.proj = nn.Sequential(nn.ReLU(), store(proj, inputs, Channels.joined(width, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, width, h, w] to the same shape."""
-        wide, near, passed = (x[:, start:stop] for start, stop in self.spans)
-        parts = [self.global_op(wide), self.local_op(near), passed]
-        out: Tensor = self.proj(torch.cat(parts if passed.shape[1] else parts[:2], 1))
+        wide, near = (x[:, start:stop] for start, stop in self.spans)
+        out: Tensor = self.proj(torch.cat([self.global_op(wide), self.local_op(near)], 1))
         return out
 
 
-def _window(start: int, count: int, width: int, align: int) -> range:
-    """Return whole groups of channels that hold [start, start + count), moved left where they would pass the end."""
-    size = min(-(-count // align) * align, width)
-    start = min(start, width - size)
-    return range(start, start + size)
-
+def _widened(conv: nn.Conv2d, passed: int, places: tuple[int, ...], width: int) -> nn.Conv2d:
+    """Return a depthwise convolution with `passed` more channels, kept as they are, stored at `places` of `width`."""
+    assert conv.bias is not None
+    keep = nn.init.dirac_(conv.weight.new_empty(passed, *conv.weight.shape[1:]), max(passed, 1))
+    more = copy.deepcopy(conv)
+    more.weight = nn.Parameter(torch.cat([conv.weight.detach(), keep]))
+    more.bias = nn.Parameter(torch.cat([conv.bias.detach(), conv.bias.new_zeros(passed)]))
+    stored = Channels(places, width)
+    return store(more, stored, stored)
 
 
 class Mixer(nn.Module):
