@@ -24,7 +24,14 @@ from edgeattn.target import Target
 
 _TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32"}
 # What a plugin launches is one block grid with pointers and int32: nothing that needs memory or a cluster of its own.
-_FORBIDDEN = {"global_scratch_size": 0, "profile_scratch_size": 0, "tmem_size": 0, "num_ctas": 1}
+_FORBIDDEN = {
+    "global_scratch_size": 0,
+    "profile_scratch_size": 0,
+    "tmem_size": 0,
+    "num_ctas": 1,
+    "launch_cooperative_grid": False,
+    "launch_pdl": False,
+}
 _SHARED_LIMIT = 48 * 1024
 _ENTRY = re.compile(r"(\.visible \.entry \w+\()(.*?)(\n\))", re.DOTALL)
 _PARAMETER = re.compile(r"(\w+_param_\d+)")
@@ -145,11 +152,17 @@ def assemble(ptx: str, sm: int) -> bytes:
         source.write_text(ptx)
         # The assembler of Triton 3.6 is older than sm_110; that of an installed CUDA 13 is not.
         for assembler in filter(None, (get_ptxas(sm).path, shutil.which("ptxas"))):
-            command = [assembler, f"-arch=sm_{sm}", str(source), "-o", str(result)]
+            command = [assembler, f"-arch={_architecture(ptx, sm)}", str(source), "-o", str(result)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 return result.read_bytes()
         raise BuildError("EA0502", f"ptxas refuses the kernel: {done.stderr.strip().splitlines()[-1][:300]}")
+
+
+def _architecture(ptx: str, sm: int) -> str:
+    """Return the architecture to assemble for; from sm_90 on Triton's own PTX is bound to a variant such as sm_90a."""
+    match = re.search(r"\.target (sm_(\d+)\w*)", ptx)
+    return match[1] if match and int(match[2]) == sm else f"sm_{sm}"
 
 
 def _compile(
@@ -170,7 +183,10 @@ def _compile(
     source = ASTSource(triton.JITFunction(kernel.function), types, constexprs=dict(constants), attrs=aligned)
     options = {"num_warps": kernel.num_warps, "ptx_version": target.ptx, "enable_fp_fusion": True}
     try:
-        return triton.compile(source, target=GPUTarget("cuda", target.kernel_sm, 32), options=options)
+        # Line information names files of this machine, and is two thirds of a cubin.
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.disable_line_info = True
+            return triton.compile(source, target=GPUTarget("cuda", target.kernel_sm, 32), options=options)
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BuildError("EA0502", f"{op.name}: does not compile for {target.name}: {first.strip()[:300]}") from error

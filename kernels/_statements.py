@@ -1,6 +1,6 @@
 """A writer of ONNX function bodies: statements are appended, values get fresh names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeattn.op import constant
@@ -23,18 +23,17 @@ class Statements:
         return name
 
     def split(self, value: str, axis: int, parts: int) -> list[str]:
-        """Append a Split into equal parts and return their names."""
+        """Append a Split into equal parts, unless there is only one; return their names."""
         if parts == 1:
             return [value]
         names = [f"v{len(self._lines)}_{position}" for position in range(parts)]
         self._append(names, "Split", [value], {"axis": axis, "num_outputs": parts})
         return names
 
-    def scan(self, attributes: str, *inputs: str) -> str:
-        """Append a Scan of one carried state and one output with these attributes; return the name of the output."""
-        name = f"v{len(self._lines)}"
-        self._lines.append(f"{name}_last, {name} = Scan<{attributes}>({', '.join(inputs)})")
-        return name
+    def scan(self, step: str, outputs: Sequence[str], inputs: Sequence[str]) -> None:
+        """Append a Scan with one carried value; `step` is the graph of one step as text."""
+        head = f"Scan<num_scan_inputs = {len(inputs) - 1}, body = {step.strip()}>"
+        self._lines.append(f"{', '.join(outputs)} = {head}({', '.join(inputs)})")
 
     def const(self, values: Any, dtype: str = "int64") -> str:
         """Return the name of a constant; equal ones are stated once."""
@@ -44,7 +43,9 @@ class Statements:
             self._lines.append(constant(self._constants[text], values, dtype))
         return self._constants[text]
 
-    def _append(self, names: Sequence[str], operator: str, inputs: Sequence[str], attributes: dict[str, Any]) -> None:
+    def _append(
+        self, names: Sequence[str], operator: str, inputs: Sequence[str], attributes: Mapping[str, Any]
+    ) -> None:
         written = ", ".join(f"{key} = {_text(value)}" for key, value in attributes.items())
         written = f"<{written}>" if written else ""
         self._lines.append(f"{', '.join(names)} = {operator}{written}({', '.join(inputs)})")

@@ -32,13 +32,15 @@ def widened(x: Tensor) -> Tensor:
 def window_pixels(height: int, width: int, window: Sequence[int], interval: Sequence[int]) -> np.ndarray:
     """Return the row-major pixel numbers of every window, [windows, tokens]; interval 0 spreads over the whole map."""
     rows, columns = (_places(*axis) for axis in zip((height, width), window, interval, strict=True))
-    return (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(len(rows) * len(columns), -1)
+    pixels: np.ndarray = rows[:, None, :, None] * width + columns[None, :, None, :]
+    return pixels.reshape(len(rows) * len(columns), -1)
 
 
 def _places(size: int, window: int, interval: int) -> np.ndarray:
     """Return the places along one axis of every window, [windows, slots]."""
     step = interval or size // window
-    return np.arange(size).reshape(-1, window, step).transpose(0, 2, 1).reshape(-1, window)
+    places: np.ndarray = np.arange(size).reshape(-1, window, step).transpose(0, 2, 1)
+    return places.reshape(-1, window)
 
 
 def window_returns(partitions: Sequence[np.ndarray], heads: int) -> list[np.ndarray]:
@@ -53,7 +55,7 @@ def window_returns(partitions: Sequence[np.ndarray], heads: int) -> list[np.ndar
 
 
 def attention_body(
-    dims: Mapping[str, int | None], attributes: Mapping[str, Any], dtype: str, intervals: Sequence[Sequence[int]]
+    dims: Mapping[str, Any], attributes: Mapping[str, Any], dtype: str, intervals: Sequence[Sequence[int]]
 ) -> str:
     """Return the statements of the attention summed over the partitions with these intervals, float32 inside."""
     out = "out" if dtype == "float" else "wide"
@@ -116,12 +118,11 @@ class _Body(Statements):
         As a depthwise convolution over interleaved rows the sum comes out in the blocked layout that its readers need,
         which saves ONNX Runtime three reorders (2 to 3 % of EMOv2).
         """
-        count = len(returns)
+        count, (height, width, heads) = len(returns), returns[0].shape
         if count == 1 or self.e % _BLOCK:
             parts = [self.add("Gather", found, self.const(rows), axis=1) for rows in returns]
-            self._to_map(parts[0] if count == 1 else self.add("Add", *parts), *returns[0].shape[:2], self.out)
+            self._to_map(parts[0] if count == 1 else self.add("Add", *parts), height, width, self.out)
             return
-        height, width, heads = returns[0].shape
         rows = self.const(np.stack(returns, 1).reshape(height * count, width, heads))
         stacked = self._to_map(self.add("Gather", found, rows, axis=1), height * count, width)
         ones = self.const(np.ones((self.e, 1, count, 1)), "float")

@@ -39,7 +39,8 @@ def _windows(x: Tensor, heads: int, window: list[int], interval: list[int]) -> T
 
 def _map(x: Tensor, window: list[int], height: int, width: int) -> Tensor:
     """Put [b, windows (4 axes), heads, tokens, e / heads] back on the map: [b, e, h, w]."""
-    return x.unflatten(6, window).permute(0, 5, 8, 1, 6, 2, 3, 7, 4).reshape(len(x), -1, height, width).contiguous()
+    x = x.unflatten(6, window).permute(0, 5, 8, 1, 6, 2, 3, 7, 4)
+    return x.reshape(len(x), -1, height, width).contiguous()
 
 
 @op.onnx

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -126,11 +127,23 @@ class SqueezeExcite(nn.Module):
         self.fc1 = nn.Conv2d(width, hidden, 1)
         self.act = nn.ReLU()
         self.fc2 = nn.Conv2d(hidden, width, 1)
+        self.blocked = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, width, h, w] to the same shape."""
-        gate: Tensor = self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        gate: Tensor = self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        if self.blocked and isinstance(x.shape[2], int) and isinstance(x.shape[3], int):
+            gate = functional.interpolate(gate, scale_factor=(float(x.shape[2]), float(x.shape[3])))
+        return x * gate
+
+    def deploy(self, align: int = 1) -> nn.Module:
+        """Return a copy; where channels are blocked, the gate is enlarged to the map if its size is fixed.
+
+        ONNX Runtime multiplies in its blocked layout only maps of one size; a broadcast costs three reorders.
+        """
+        folded = copy.deepcopy(self).eval()
+        folded.blocked = align > 1
+        return folded
 
 
 class Merge(nn.Module):

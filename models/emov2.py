@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -100,15 +101,16 @@ class Expansion(nn.Module):
         return rest, form
 
 
-class QueryKey(ConvNormAct):
+class QueryKey(nn.Module):
     """One pointwise convolution for queries and keys."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, 2 * width, bias=True)
+        super().__init__()
+        self.conv = nn.Conv2d(width, 2 * width, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map [b, width, h, w] to two maps of that shape."""
-        q, k = super().forward(x).chunk(2, 1)
+        q, k = self.conv(x).chunk(2, 1)
         return q, k
 
 
@@ -138,7 +140,7 @@ class HybridAttention(nn.Module):
     def __init__(self, inputs: int, outputs: int, head_width: int, window: int, act: nn.Module) -> None:
         super().__init__()
         self.heads, self.window, self.scale = inputs // head_width, window, head_width**-0.5
-        self.qk: nn.Module = QueryKey(inputs)
+        self.qk: QueryKey | SeparateQueryKey = QueryKey(inputs)
         self.v = ConvNormAct(inputs, outputs, bias=True, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,8 +150,7 @@ class HybridAttention(nn.Module):
         q, k = self.qk(x)
         window = [self.window, self.window]
         out = hybrid_window_attention.op(q, k, self.v(x), num_heads=self.heads, window=window, scale=self.scale)
-        cropped: Tensor = out[:, :, :height, :width]
-        return cropped
+        return _crop(out, height, width)
 
     def stored(self, align: int) -> Channels:
         """Return where the deploy form keeps the outputs: every head as wide as makes their sum a multiple."""
@@ -171,8 +172,15 @@ class HybridAttention(nn.Module):
         return copy.deepcopy(norm), form
 
 
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    if isinstance(height, int) and isinstance(width, int):
+        return x[:, :, :height, :width]
+    # Of a slice with symbolic sizes the tracer asks whether it is contiguous, and fixes the sizes by the answer.
+    return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+
+
 class Block(nn.Module):
-    """Norm, expansion, depthwise convolution and projection; with stride 1 a skip around the last three and the whole.
+    """Norm, expansion, depthwise convolution and projection; with stride 1 a skip around the last two and the whole.
 
     `head_width` 0 expands by a plain convolution. The early stages use batch norm and SiLU, the late ones layer norm
     and GELU.
@@ -183,16 +191,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.skip = stride == 1
-        middle = int(inputs * ratio)
-        act = nn.GELU() if late else nn.SiLU()
-        self.norm: nn.Module = ChannelNorm(inputs) if late else nn.BatchNorm2d(inputs, eps=_EPS)
-        expand = (
-            HybridAttention(inputs, middle, head_width, window, act) if head_width else Expansion(inputs, middle, act)
-        )
-        self.eops = nn.ModuleList([expand])
-        self.conv_local: nn.Module = ConvNormAct(middle, middle, 5, stride, middle, norm=True, act=nn.SiLU())
-        self.proj: nn.Module = ConvNormAct(middle, outputs)
-        self.ls: nn.Module = LayerScale(outputs)
+        middle, act = int(inputs * ratio), nn.GELU() if late else nn.SiLU()
+        self.norm = ChannelNorm(inputs) if late else nn.BatchNorm2d(inputs, eps=_EPS)
+        attend = HybridAttention(inputs, middle, head_width, window, act) if head_width else None
+        self.eops = nn.ModuleList([attend or Expansion(inputs, middle, act)])
+        self.conv_local = ConvNormAct(middle, middle, 5, stride, middle, norm=True, act=nn.SiLU())
+        self.proj = ConvNormAct(middle, outputs)
+        self.ls = LayerScale(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, inputs, h, w] to [b, outputs, h, w], or half that size with stride 2."""
@@ -201,21 +206,33 @@ class Block(nn.Module):
         out: Tensor = self.ls(self.proj(wide + local if self.skip else local))
         return x + out if self.skip else out
 
-    def folded(self, align: int) -> Block:
-        """Return a float64 block with norms and scales folded, its inner channels padded to a multiple of `align`."""
+    def folded(self, align: int) -> FoldedBlock:
+        """Return the deploy form of a float64 block, its inner channels padded to a multiple of `align`."""
         expand = self.eops[0]
         assert isinstance(expand, Expansion | HybridAttention)
-        assert isinstance(self.conv_local, ConvNormAct)
-        assert isinstance(self.proj, ConvNormAct)
-        channels = expand.stored(align)
-        form = copy.deepcopy(self).eval()
-        form.norm, form.eops[0] = expand.after(self.norm, channels)
-        local = self.conv_local.folded()
-        local[0] = store(local[0], channels, channels)
-        project = _scaled(self.proj.conv, self.ls.gamma.detach())
-        form.conv_local, form.ls = local, nn.Identity()
-        form.proj = store(project, channels, Channels.joined(project.out_channels, 1))
-        return form
+        inner, outputs = expand.stored(align), Channels.joined(self.proj.conv.out_channels, 1)
+        local, act = self.conv_local.folded()
+        assert isinstance(local, nn.Conv2d)
+        project = store(_scaled(self.proj.conv, self.ls.gamma.detach().flatten()), inner, outputs)
+        return FoldedBlock(*expand.after(self.norm, inner), store(local, inner, inner), act, project, self.skip)
+
+
+class FoldedBlock(nn.Module):
+    """The deploy form of `Block`: norms, scales and the layer scale are part of the convolutions."""
+
+    def __init__(
+        self, norm: nn.Module, expand: nn.Module, local: nn.Conv2d, act: nn.Module, project: nn.Conv2d, skip: bool
+    ) -> None:
+        super().__init__()
+        self.norm, self.expand, self.local, self.act, self.project = norm, expand, local, act, project
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map as the block does."""
+        wide = self.expand(self.norm(x))
+        local = self.act(self.local(wide))
+        out: Tensor = self.project(wide + local if self.skip else local)
+        return x + out if self.skip else out
 
 
 class EMOv2(nn.Module):
@@ -258,26 +275,34 @@ class EMOv2(nn.Module):
     def deploy(self, align: int = 1) -> nn.Module:
         """Return the exact inference form, folded in float64; inner channels are padded to a multiple of `align`."""
         form = copy.deepcopy(self).eval().double()
+        *stem, last = (part for part in form.stage0 if isinstance(part, ConvNormAct))
+        form.stage0 = nn.Sequential(*(part.folded() for part in stem))
         for stage in range(1, 5):
             blocks = form.get_submodule(f"stage{stage}").children()
-            setattr(form, f"stage{stage}", nn.Sequential(*(block.folded(align) for block in blocks)))
-        *stem, last = form.stage0
-        form.stage0 = nn.Sequential(*(part.folded() for part in stem))
-        first = form.get_submodule("stage1.0.eops.0.net.conv")
-        first.weight = nn.Parameter(torch.einsum("omyx,miyx->oiyx", first.weight.detach(), last.conv.weight.detach()))
+            folded = [block.folded(align) for block in blocks if isinstance(block, Block)]
+            if stage == 1:
+                _prepend(last.conv, folded[0].expand)
+            form.add_module(f"stage{stage}", nn.Sequential(*folded))
         scale, shift, form.norm = _split_norm(form.norm)
-        weight = form.head.weight.detach()
-        form.head.weight, form.head.bias = nn.Parameter(weight * scale), nn.Parameter(form.head.bias + weight @ shift)
+        weight, bias = form.head.weight.detach(), form.head.bias.detach()
+        form.head.weight, form.head.bias = nn.Parameter(weight * scale), nn.Parameter(bias + weight @ shift)
         return form.to(self.head.weight.dtype)
+
+
+def _prepend(linear: nn.Conv2d, expand: nn.Module) -> None:
+    """Make the first layer of `expand` take what the pointwise convolution `linear`, without bias, takes."""
+    assert isinstance(expand, Expansion)
+    conv = expand.net.conv
+    conv.weight = nn.Parameter(torch.einsum("omyx,miyx->oiyx", conv.weight.detach(), linear.weight.detach()))
 
 
 def _split_norm(norm: nn.Module) -> tuple[Tensor, Tensor, nn.Module]:
     """Return scale and shift of a norm, and the norm without them."""
-    if isinstance(norm, nn.BatchNorm2d):
-        return *norm_affine(norm), nn.Identity()
-    assert isinstance(norm, ChannelNorm)
-    scale, shift = norm.norm.weight.detach(), norm.norm.bias.detach()
-    return scale, shift, ChannelNorm(len(scale), affine=False)
+    if isinstance(norm, ChannelNorm):
+        scale, shift = norm.norm.weight.detach(), norm.norm.bias.detach()
+        return scale, shift, ChannelNorm(len(scale), affine=False)
+    assert isinstance(norm, nn.BatchNorm2d)
+    return *norm_affine(norm), nn.Identity()
 
 
 def _after_affine(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Conv2d:
@@ -289,7 +314,7 @@ def _after_affine(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Conv2d:
 
 def _scaled(conv: nn.Conv2d, gamma: Tensor) -> nn.Conv2d:
     """Return a convolution equal to `gamma * conv(x)`, with a bias of zero."""
-    return _with(conv, conv.weight.detach() * gamma.reshape(-1, 1, 1, 1), torch.zeros_like(gamma.flatten()))
+    return _with(conv, conv.weight.detach() * gamma.reshape(-1, 1, 1, 1), torch.zeros_like(gamma))
 
 
 def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
@@ -298,15 +323,22 @@ def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     return made
 
 
-_LARGE = (2.0, 3.0, 4.0, 4.0)
-_SMALL = (2.0, 2.5, 3.0, 3.5)
-# size: depths, widths, expansion ratios, head width, parameters
+@dataclass(frozen=True)
+class _Size:
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    ratios: tuple[float, ...]
+    head_width: int
+    parameters: int
+
+
+_SMALL, _LARGE = (2.0, 2.5, 3.0, 3.5), (2.0, 3.0, 4.0, 4.0)
 _SIZES = {
-    "1m": ((2, 2, 8, 3), (32, 48, 80, 180), _SMALL, 20, 1_460_844),
-    "2m": ((3, 3, 9, 3), (32, 48, 120, 200), _SMALL, 20, 2_384_312),
-    "5m": ((3, 3, 9, 3), (48, 72, 160, 288), _LARGE, 32, 5_126_440),
-    "20m": ((3, 3, 13, 3), (64, 128, 320, 448), _LARGE, 32, 20_195_208),
-    "50m": ((5, 8, 20, 7), (64, 128, 384, 512), _LARGE, 32, 49_815_560),
+    "1m": _Size((2, 2, 8, 3), (32, 48, 80, 180), _SMALL, 20, 1_460_844),
+    "2m": _Size((3, 3, 9, 3), (32, 48, 120, 200), _SMALL, 20, 2_384_312),
+    "5m": _Size((3, 3, 9, 3), (48, 72, 160, 288), _LARGE, 32, 5_126_440),
+    "20m": _Size((3, 3, 13, 3), (64, 128, 320, 448), _LARGE, 32, 20_195_208),
+    "50m": _Size((5, 8, 20, 7), (64, 128, 384, 512), _LARGE, 32, 49_815_560),
 }
 # size, input, MACs, top-1 as published without distillation (the 512 model: stronger recipe), released file
 _VARIANTS = (
@@ -326,14 +358,15 @@ _VARIANTS = (
 _RELEASE = "https://github.com/zhangzjn/data/raw/main/emov2_pretrained_weights"
 
 for _size, _pixels, _macs, _top1, _file in _VARIANTS:
-    *_shape, _parameters = _SIZES[_size]
+    _shape = _SIZES[_size]
+    _window = 7 if _pixels == 224 else 8
     register(
         Model(
             name=f"emov2_{_size}" + (f"_{_pixels}" if _pixels != 224 else ""),
             family="emov2",
-            build=functools.partial(EMOv2, *_shape, window=7 if _pixels == 224 else 8),
+            build=functools.partial(EMOv2, _shape.depths, _shape.widths, _shape.ratios, _shape.head_width, _window),
             inputs=image(_pixels),
-            parameters=_parameters,
+            parameters=_shape.parameters,
             macs=_macs,
             paper="EMOv2: Pushing 5M Vision Model Frontier (2024)",
             source="zhangzjn/EMOv2",

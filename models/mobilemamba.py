@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeattn.kernels import haar_dwt, haar_idwt, selective_scan
+from edgeattn.kernels._haar import filters
 from edgeattn.model import Checkpoint, Model, image, register
 from edgeattn.models._channels import Channels, store
 from edgeattn.models._layers import (
@@ -86,10 +87,7 @@ class ScanTokens(nn.Module):
     def __init__(self, scan: Scan2d, scale: Tensor) -> None:
         super().__init__()
         inner = scan.conv2d.in_channels
-        entry, exit_ = (
-            fuse_conv_norm(scan.in_proj.c, scan.in_proj.bn),
-            fuse_conv_norm(scan.out_proj.c, scan.out_proj.bn),
-        )
+        entry = fuse_conv_norm(scan.in_proj.c, scan.in_proj.bn)
         self.widths = scan.widths
         self.enter, self.gate = _rows(entry, slice(0, inner)), _rows(entry, slice(inner, None))
         self.mix = copy.deepcopy(scan.conv2d)
@@ -100,9 +98,7 @@ class ScanTokens(nn.Module):
         self.skip = nn.Parameter(scan.Ds.detach().unflatten(0, (2, -1)).clone())
         self.offset = nn.Parameter(scan.dt_projs_bias.detach().clone())
         self.norm = copy.deepcopy(scan.out_norm)
-        factor = scale.detach().double().flatten()
-        weight = exit_.weight.detach().double() * factor.reshape(-1, 1, 1, 1)
-        self.leave = set_weights(exit_, weight, exit_.bias.detach().double() * factor)
+        self.leave = _scaled(fuse_conv_norm(scan.out_proj.c, scan.out_proj.bn), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, width, h, w] to the same shape."""
@@ -137,6 +133,14 @@ def _rows(conv: nn.Conv2d, rows: slice) -> nn.Conv2d:
     return set_weights(like, weight, bias)
 
 
+def _scaled(conv: nn.Conv2d, scale: Tensor) -> nn.Conv2d:
+    """Return a convolution with every output multiplied by its factor in `scale`, [1, outputs, 1, 1]."""
+    factor = scale.detach().double().flatten()
+    bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.detach().double() * factor
+    weight = conv.weight.detach().double() * factor.reshape(-1, 1, 1, 1)
+    return set_weights(copy.deepcopy(conv), weight, bias)
+
+
 class Scale(nn.Module):
     """One factor per channel."""
 
@@ -155,8 +159,8 @@ class WaveletScan(nn.Module):
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         # The authors store the fixed Haar filters; the ops know them.
-        self.wt_filter = nn.Parameter(haar_dwt.filters(width, torch.empty(0)), requires_grad=False)
-        self.iwt_filter = nn.Parameter(haar_dwt.filters(width, torch.empty(0)), requires_grad=False)
+        self.wt_filter = nn.Parameter(filters(width, torch.empty(0)), requires_grad=False)
+        self.iwt_filter = nn.Parameter(filters(width, torch.empty(0)), requires_grad=False)
         self.global_atten = Scan2d(width, 2 * width)
         self.base_scale = Scale(width, 1.0)
         bands = nn.Conv2d(4 * width, 4 * width, kernel, padding=kernel // 2, groups=4 * width, bias=False)
@@ -181,9 +185,10 @@ class ScanAndBands(nn.Module):
     def __init__(self, branch: WaveletScan) -> None:
         super().__init__()
         self.scan = ScanTokens(branch.global_atten, branch.base_scale.weight)
-        self.bands = copy.deepcopy(branch.wavelet_convs[0])
-        scale = branch.wavelet_scale[0].weight.detach().double().reshape(-1, 1, 1, 1)
-        set_weights(self.bands, self.bands.weight.detach().double() * scale, scale)
+        conv, scale = branch.wavelet_convs[0], branch.wavelet_scale[0]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(scale, Scale)
+        self.bands = _scaled(conv, scale.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, width, h, w] to the same shape."""
@@ -238,8 +243,8 @@ class MultiReceptive(nn.Module):
 class TwoBranches(nn.Module):
     """Deploy form of `MultiReceptive`: the identity channels join the local branch.
 
-    There they meet a filter that is one at its centre, a ReLU, which the one ahead of the projection makes harmless, and
-    a factor of one. The branch reads whole groups of `align` channels up to the last; what it makes of the global
+    There they meet a filter that is one at its centre, a ReLU, harmless since another one is ahead of the projection,
+    and a factor of one. The branch reads whole groups of `align` channels up to the last; what it makes of the global
     channels among them meets zero weights in the projection.
     """
 
@@ -254,7 +259,8 @@ class TwoBranches(nn.Module):
         self.local_op = nn.Sequential(*(_widened(conv, passed, own, size) for conv in mixer.local_op.folded()))
         self.local_op.insert(1, nn.ReLU())
         inputs = Channels((*range(wide), *(wide + place for place in own)), wide + size)
-        proj = fuse_conv_norm(mixer.proj[1].c, mixer.proj[1].bn)
+        proj = fold(mixer.proj[1])
+        assert isinstance(proj, nn.Conv2d)
         self.proj = nn.Sequential(nn.ReLU(), store(proj, inputs, Channels.joined(width, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,7 +295,7 @@ class Mixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise convolution, feed-forward, mixer, depthwise convolution, feed-forward, each with a skip, and one over all."""
+    """Depthwise, feed-forward, mixer, depthwise, feed-forward: each with a skip, and one more over all of them."""
 
     def __init__(self, width: int, stage: int) -> None:
         super().__init__()
@@ -318,12 +324,13 @@ class MobileMamba(ThreeStages):
 
     def deploy(self, align: int = 1) -> nn.Module:
         """Return the exact inference form; split channels and those of the stem are padded to multiples of `align`."""
-        folded = fold_children(self, align)
-        convs = [(place, layer) for place, layer in enumerate(folded.patch_embed) if isinstance(layer, nn.Conv2d)]
-        maps = [Channels.joined(conv.in_channels, align if place else 1) for place, conv in convs]
-        maps.append(Channels.joined(convs[-1][1].out_channels, 1))
-        for (place, conv), inputs, outputs in zip(convs, maps, maps[1:], strict=False):
-            folded.patch_embed[place] = store(conv, inputs, outputs)
+        folded, stem = fold_children(self, align), fold(self.patch_embed)
+        assert isinstance(stem, nn.Sequential)
+        convs = [layer for layer in stem if isinstance(layer, nn.Conv2d)]
+        maps = [Channels.joined(conv.in_channels, align if conv is not convs[0] else 1) for conv in convs]
+        maps.append(Channels.joined(convs[-1].out_channels, 1))
+        stored = map(store, convs, maps, maps[1:])
+        folded.patch_embed = nn.Sequential(*(next(stored) if layer in convs else layer for layer in stem))
         return folded
 
 
@@ -331,11 +338,11 @@ _B_WIDTHS, _B_DEPTHS = (200, 376, 448), (2, 3, 2)
 # name, input size, widths, depths, parameters, MACs, top-1 of the long recipe
 _VARIANTS = (
     ("mobilemamba_t2", 192, (144, 272, 368), (1, 2, 2), 8_836_890, 251_717_544, 71.5),
-    ("mobilemamba_t4", 192, (176, 368, 448), (1, 2, 2), 14_176_090, 408_700_000, 76.1),
+    ("mobilemamba_t4", 192, (176, 368, 448), (1, 2, 2), 14_176_090, 408_698_440, 76.1),
     ("mobilemamba_s6", 224, (192, 384, 448), (1, 2, 2), 15_036_632, 646_707_632, 78.0),
-    ("mobilemamba_b1", 256, _B_WIDTHS, _B_DEPTHS, 17_122_849, 1_069_900_000, 79.9),
-    ("mobilemamba_b2", 384, _B_WIDTHS, _B_DEPTHS, 17_122_849, 2_404_900_000, 81.6),
-    ("mobilemamba_b4", 512, _B_WIDTHS, _B_DEPTHS, 17_122_849, 4_274_000_000, 82.5),
+    ("mobilemamba_b1", 256, _B_WIDTHS, _B_DEPTHS, 17_122_849, 1_069_918_208, 79.9),
+    ("mobilemamba_b2", 384, _B_WIDTHS, _B_DEPTHS, 17_122_849, 2_404_942_208, 81.6),
+    ("mobilemamba_b4", 512, _B_WIDTHS, _B_DEPTHS, 17_122_849, 4_273_975_808, 82.5),
 )
 
 for _name, _size, _widths, _depths, _parameters, _macs, _top1 in _VARIANTS:

@@ -1,16 +1,18 @@
 """Triton kernels without a GPU: interpreted against the reference, then compiled, stripped and assembled per board."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from edgeattn.aot import compile_kernel, grid_of, resolve_constants, strip_hidden_parameters
 from edgeattn.errors import BuildError, UnsupportedError
 from edgeattn.op import OPS
-from edgeattn.target import get_target
+from edgeattn.target import TARGETS, get_target
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
@@ -77,10 +79,34 @@ def test_compiles_for_the_board(op, board, dtype):
 
 
 @each_op
-def test_record_is_the_same_twice(op):
-    first, second = (compiled(op, "orin").to_record() for _ in range(2))
-    assert first == second
-    assert len(first["sha256"]["cubin"]) == 64
+@pytest.mark.parametrize("name", [target.name for target in TARGETS.values() if target.sm])
+def test_compiles_for_every_target(op, name):
+    pack = compiled(op, name)
+    assert pack.cubin[:4] == b"\x7fELF"
+    assert pack.sm == get_target(name).kernel_sm
+
+
+@each_op
+def test_record_is_the_same_twice(op, tmp_path, monkeypatch):
+    """Compiled from nothing both times: with an empty cache each."""
+    records = []
+    for folder in ("first", "second"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder))
+        records.append(compiled(op, "orin").to_record())
+        assert list((tmp_path / folder).iterdir())
+    assert records[0] == records[1]
+    assert len(records[0]["sha256"]["cubin"]) == 64
+    json.dumps(records[0])
+
+
+@each_op
+@boards
+def test_code_names_no_file_of_this_machine(op, board):
+    pack = compiled(op, board)
+    folder = str(Path(op.triton.function.__code__.co_filename).parent)
+    assert folder.encode() not in pack.ptx.encode() + pack.cubin
+    assert ".file" not in pack.ptx
+    assert ".debug" not in pack.ptx
 
 
 @each_case

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from edgeattn.data import seeded_images
 from edgeattn.model import MODELS
+from edgeattn.op import decomposed
 from edgeattn.weights import seed_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,6 +80,17 @@ def test_published_figures(name):
 def test_parameter_count(name):
     model = MODELS.get(name)
     assert sum(parameter.numel() for parameter in model.build().parameters()) == model.parameters
+
+
+@each_model
+def test_multiply_accumulates(name):
+    """Convolutions and matrix products at the default resolution, counted on shapes alone."""
+    model = MODELS.get(name)
+    with torch.device("meta"):
+        module, image = model.build().eval(), torch.zeros(model.inputs[0].dims)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, decomposed():
+        module(image)
+    assert counter.get_total_flops() == 2 * model.macs
 
 
 @with_golden
