@@ -21,10 +21,10 @@ run: $(VENV)/.runtime ## set up, export shvit_s1 and validate it
 	$(BIN)/edgeattn validate shvit_s1-fp32.edgeattn
 
 test: $(VENV)/.tools lint ## set up, lint and run the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.tools ## only what `make test` leaves out: every variant
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
 test-all: test test-slow ## `make test`, then every variant
 

@@ -9,6 +9,7 @@ import copy
 import functools
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,11 +173,12 @@ class HybridAttention(nn.Module):
         return copy.deepcopy(norm), form
 
 
-def _crop(x: Tensor, height: int, width: int) -> Tensor:
+def _crop(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
     if isinstance(height, int) and isinstance(width, int):
         return x[:, :, :height, :width]
     # Of a slice with symbolic sizes the tracer asks whether it is contiguous, and fixes the sizes by the answer.
-    return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+    missing: Any = (0, width - x.shape[3], 0, height - x.shape[2])
+    return F.pad(x, missing)
 
 
 class Block(nn.Module):

@@ -26,6 +26,8 @@ OPS = {
     "emov2": {"EdgeHybridWindowAttention"},
     "mobilemamba": {"EdgeSelectiveScan", "EdgeHaarDwt", "EdgeHaarIdwt"},
 }
+# The others take as long again, and the slow run has them.
+QUICK_DYNAMIC = ["shvit_s1", "mobilemamba_t2"]
 RTX = find_spec("tensorrt_rtx") is not None
 variants = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in MODELS.names()]
@@ -51,7 +53,9 @@ def test_every_variant_exports(name, precision, tmp_path):
     assert (onnx.TensorProto.FLOAT16 in types) == (precision == "fp16")
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_DYNAMIC else pytest.mark.slow) for name in FIRST]
+)
 def test_dynamic_batch_and_size(name, tmp_path):
     size = MODELS.get(name).inputs[0].dims[2]
     ranges = ["batch=1:3:2", f"height={size - 64}:{size + 32}:{size}", f"width={size - 32}:{size + 64}:{size}"]
