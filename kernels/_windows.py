@@ -10,9 +10,6 @@ from torch import Tensor
 from edgeattn.errors import UsageError
 from edgeattn.kernels._statements import Statements
 
-# ONNX Runtime's depthwise convolution is 30 times slower where this does not divide the channels.
-_BLOCK = 16
-
 
 def check(op: str, q: Tensor, v: Tensor, num_heads: int, window: Sequence[int], interval: Sequence[int]) -> None:
     """Raise EA0110 unless whole windows cover the map and whole heads the channels."""
@@ -119,34 +116,27 @@ class _Body(Statements):
         which saves ONNX Runtime three reorders (2 to 3 % of EMOv2).
         """
         count, (height, width, heads) = len(returns), returns[0].shape
-        if count == 1 or self.e % _BLOCK:
-            parts = [self.add("Gather", found, self.const(rows), axis=1) for rows in returns]
-            self._to_map(parts[0] if count == 1 else self.add("Add", *parts), height, width, self.out)
-            return
         rows = self.const(np.stack(returns, 1).reshape(height * count, width, heads))
-        stacked = self._to_map(self.add("Gather", found, rows, axis=1), height * count, width)
+        merged = self.add("Gather", found, rows, axis=1)  # [b, height count, width, heads, e / heads]
+        merged = self.add("Reshape", merged, self.const([0, height * count, width, self.e]))
+        if count == 1:
+            self.add("Transpose", merged, perm=[0, 3, 1, 2], out=self.out)
+            return
+        stacked = self.add("Transpose", merged, perm=[0, 3, 1, 2])
         ones = self.const(np.ones((self.e, 1, count, 1)), "float")
         self.add("Conv", stacked, ones, group=self.e, kernel_shape=[count, 1], strides=[count, 1], out=self.out)
-
-    def _to_map(self, rows: str, height: int, width: int, out: str = "") -> str:
-        merged = self.add("Reshape", rows, self.const([0, height, width, self.e]))
-        return self.add("Transpose", merged, perm=[0, 3, 1, 2], out=out)
 
     def any_map(self, inputs: Sequence[str], window: Sequence[int], intervals: Sequence[Sequence[int]]) -> None:
         """Sizes known at run time only: windows by Reshape and Transpose in eight dimensions."""
         size = self.add("Shape", "q", start=2)
-        names = [""] * len(intervals) if len(intervals) > 1 else [self.out]
         sides = self.split(size, 0, 2)
-        parts = [
-            self._partition(
-                inputs, size, [self._grid(*axis) for axis in zip(sides, window, interval, strict=True)], name
-            )
-            for interval, name in zip(intervals, names, strict=True)
-        ]
-        if len(parts) > 1:
-            self.add("Add", *parts, out=self.out)
+        grids = [[self._grid(*axis) for axis in zip(sides, window, each, strict=True)] for each in intervals]
+        if len(grids) == 1:
+            self._partition(inputs, size, grids[0], self.out)
+        else:
+            self.add("Add", *(self._partition(inputs, size, grid) for grid in grids), out=self.out)
 
-    def _partition(self, inputs: Sequence[str], size: str, grid: Sequence[Sequence[str]], out: str) -> str:
+    def _partition(self, inputs: Sequence[str], size: str, grid: Sequence[Sequence[str]], out: str = "") -> str:
         (ny, wy, iy), (nx, wx, ix) = grid
         tokens = self.add("Mul", wy, wx)
         q, k, v = (

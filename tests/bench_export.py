@@ -55,35 +55,36 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(TABLE))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved turns per backend")
     parser.add_argument("--cache", type=Path, help="keep stock graphs here: exporting them takes minutes")
+    parser.add_argument("--no-stock", action="append", default=[], metavar="MODEL", help="leave its stock graph out")
     parser.add_argument("--save", action="store_true", help="write tests/results/bench_export.{json,md}")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     rows = []
     for name in options.models:
-        rows.append(measure(MODELS.get(name), options.rounds, options.cache))
+        rows.append(measure(MODELS.get(name), options.rounds, options.cache, stock=name not in options.no_stock))
         print(line(rows[-1]), flush=True)
     if options.save:
         save(rows)
 
 
-def measure(model: Model, rounds: int, cache: Path | None) -> dict[str, Any]:
+def measure(model: Model, rounds: int, cache: Path | None, *, stock: bool = True) -> dict[str, Any]:
     """Return nodes, seconds and the median milliseconds of every backend for one model."""
     module = fill.fill_module(model.build()).eval()
     spec = model.inputs[0]
     image = torch.from_numpy(fill.make_image(11, *spec.dims[2:]))
-    stock, stock_seconds = stock_graph(model, module, image, cache)
+    graph, stock_seconds = stock_graph(model, module, image, cache) if stock else (None, 0.0)
     start = time.perf_counter()
     ours = ir.serde.serialize_model(compile_module(module, {spec.name: image}, outputs=model.outputs, align=16))
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        runs, loads = backends(module, image, stock, ours, Path(folder))
+        runs, loads = backends(module, image, graph, ours, Path(folder))
         expected = runs["torch"]()
         errors = {name: scaled_error(run(), expected) for name, run in runs.items() if name != "torch"}
         milliseconds = interleave(runs, rounds)
     return {
         "model": model.name,
         "input": list(spec.dims),
-        "nodes": {"stock": count_nodes(stock), "ours": count_nodes(ours)},
+        "nodes": {"stock": count_nodes(graph) if graph else None, "ours": count_nodes(ours)},
         "export_s": {"stock": stock_seconds, "ours": seconds},
         "load_s": loads,
         "error": errors,
@@ -113,13 +114,15 @@ def stock_graph(
 
 
 def backends(
-    module: torch.nn.Module, image: torch.Tensor, stock: onnx.ModelProto, ours: onnx.ModelProto, folder: Path
+    module: torch.nn.Module, image: torch.Tensor, stock: onnx.ModelProto | None, ours: onnx.ModelProto, folder: Path
 ) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, float]]:
     """Return one callable per backend, and the session load times in seconds."""
     feed = {"image": image.numpy()}
     runs: dict[str, Callable[[], np.ndarray]] = {}
     loads = {}
     for name, graph in (("stock", stock), ("ours", ours)):
+        if graph is None:
+            continue
         onnx.save(graph, folder / f"{name}.onnx")
         start = time.perf_counter()
         session = onnxruntime.InferenceSession(
@@ -133,7 +136,7 @@ def backends(
             return module(image).numpy()
 
     runs["torch"] = eager
-    if compiled := openvino_model(folder / "stock.onnx"):
+    if stock and (compiled := openvino_model(folder / "stock.onnx")):
         runs["openvino"] = lambda: next(iter(compiled(feed).values()))
     return runs, loads
 
@@ -203,7 +206,10 @@ def ratios(row: dict[str, Any]) -> dict[str, float | None]:
 def line(row: dict[str, Any]) -> str:
     """Return one markdown row: measured (wanted)."""
     nodes, *wanted = TABLE.get(row["model"], (None, None, None, None))
-    cells = [row["model"], f"{row['nodes']['stock']} -> {row['nodes']['ours']}" + (f" ({nodes})" if nodes else "")]
+    cells = [
+        row["model"],
+        f"{row['nodes']['stock'] or '-'} -> {row['nodes']['ours']}" + (f" ({nodes})" if nodes else ""),
+    ]
     for value, goal in zip(ratios(row).values(), wanted, strict=True):
         cells.append((f"{value:.2f}" if value else "-") + (f" ({goal})" if goal else ""))
     cells += [f"{row['median_ms']['ours']:.2f}", f"{max(row['error'].values()):.1e}"]
