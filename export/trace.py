@@ -17,6 +17,7 @@ from edgeattn.errors import AccuracyError, EdgeAttnError, UnsupportedError
 from edgeattn.tensors import Dim
 
 _SPECIALIZED = re.compile(r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
+_ONE_SIZE = re.compile(r"^\s+(\w+) = (\d+)\s*$", re.MULTILINE)  # among the fixes torch suggests
 _GUARD = re.compile(r"satisfy the generated guard (.*)\.")
 _USER_LINE = re.compile(r'File "([^"]+)", line (\d+), in forward')
 # The shape of every input; a Dim with a name stays dynamic.
@@ -57,7 +58,7 @@ def trace(
 def _explain(error: Exception, name: str, dynamic: bool) -> EdgeAttnError:
     """Return our error for what torch.export said: the sizes it had to fix, or its first line with the user's line."""
     text = str(error)
-    fixed = [f"{dim} = {size}" for dim, size in _SPECIALIZED.findall(text)]
+    fixed = [f"{dim} = {size}" for dim, size in (*_SPECIALIZED.findall(text), *_ONE_SIZE.findall(text))]
     if fixed:
         listed = ", ".join(dict.fromkeys(fixed))
         return AccuracyError(
