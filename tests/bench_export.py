@@ -54,25 +54,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(TABLE))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved turns per backend")
-    parser.add_argument("--cache", type=Path, help="keep stock graphs here: exporting them takes minutes")
-    parser.add_argument("--no-stock", action="append", default=[], metavar="MODEL", help="leave its stock graph out")
     parser.add_argument("--save", action="store_true", help="write tests/results/bench_export.{json,md}")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     rows = []
     for name in options.models:
-        rows.append(measure(MODELS.get(name), options.rounds, options.cache, stock=name not in options.no_stock))
+        rows.append(measure(MODELS.get(name), options.rounds))
         print(line(rows[-1]), flush=True)
     if options.save:
         save(rows)
 
 
-def measure(model: Model, rounds: int, cache: Path | None, *, stock: bool = True) -> dict[str, Any]:
+def measure(model: Model, rounds: int) -> dict[str, Any]:
     """Return nodes, seconds and the median milliseconds of every backend for one model."""
     module = fill.fill_module(model.build()).eval()
     spec = model.inputs[0]
     image = torch.from_numpy(fill.make_image(11, *spec.dims[2:]))
-    graph, stock_seconds = stock_graph(model, module, image, cache) if stock else (None, 0.0)
+    graph, stock_seconds = stock_graph(model, module, image)
     start = time.perf_counter()
     ours = ir.serde.serialize_model(compile_module(module, {spec.name: image}, outputs=model.outputs, align=16))
     seconds = time.perf_counter() - start
@@ -84,7 +82,7 @@ def measure(model: Model, rounds: int, cache: Path | None, *, stock: bool = True
     return {
         "model": model.name,
         "input": list(spec.dims),
-        "nodes": {"stock": count_nodes(graph) if graph else None, "ours": count_nodes(ours)},
+        "nodes": {"stock": count_nodes(graph), "ours": count_nodes(ours)},
         "export_s": {"stock": stock_seconds, "ours": seconds},
         "load_s": loads,
         "error": errors,
@@ -92,13 +90,8 @@ def measure(model: Model, rounds: int, cache: Path | None, *, stock: bool = True
     }
 
 
-def stock_graph(
-    model: Model, module: torch.nn.Module, image: torch.Tensor, cache: Path | None
-) -> tuple[onnx.ModelProto, float]:
-    """Export with the stock exporter, or read what an earlier run exported (its time is then 0)."""
-    file = cache / f"{model.name}.stock.onnx" if cache else None
-    if file and file.exists():
-        return onnx.load(file), 0.0
+def stock_graph(model: Model, module: torch.nn.Module, image: torch.Tensor) -> tuple[onnx.ModelProto, float]:
+    """Export with the stock exporter; return the graph and the seconds it took."""
     start = time.perf_counter()
     script = model.name == "mobilemamba_b4"
     with tempfile.TemporaryDirectory() as folder, quiet(), decomposed(), torch.no_grad():
@@ -106,23 +99,17 @@ def stock_graph(
         extra = {"dynamo": False} if script else {"dynamo": True, "external_data": False, "verbose": False}
         torch.onnx.export(module, (image,), path, opset_version=20, input_names=["image"], **extra)
         graph = onnx.load(path)
-    seconds = time.perf_counter() - start
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        onnx.save(graph, file)
-    return graph, seconds
+    return graph, time.perf_counter() - start
 
 
 def backends(
-    module: torch.nn.Module, image: torch.Tensor, stock: onnx.ModelProto | None, ours: onnx.ModelProto, folder: Path
+    module: torch.nn.Module, image: torch.Tensor, stock: onnx.ModelProto, ours: onnx.ModelProto, folder: Path
 ) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, float]]:
     """Return one callable per backend, and the session load times in seconds."""
     feed = {"image": image.numpy()}
     runs: dict[str, Callable[[], np.ndarray]] = {}
     loads = {}
     for name, graph in (("stock", stock), ("ours", ours)):
-        if graph is None:
-            continue
         onnx.save(graph, folder / f"{name}.onnx")
         start = time.perf_counter()
         session = onnxruntime.InferenceSession(
@@ -136,7 +123,7 @@ def backends(
             return module(image).numpy()
 
     runs["torch"] = eager
-    if stock and (compiled := openvino_model(folder / "stock.onnx")):
+    if (compiled := openvino_model(folder / "stock.onnx")):
         runs["openvino"] = lambda: next(iter(compiled(feed).values()))
     return runs, loads
 
@@ -155,7 +142,7 @@ def openvino_model(path: Path) -> Any:
         import openvino
     except ImportError:
         return None
-    if path.stat().st_size > 0 and len(onnx.load(path).graph.node) > 10_000:
+    if len(onnx.load(path).graph.node) > 10_000:
         return None
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
     return openvino.Core().compile_model(str(path), "CPU", config)
