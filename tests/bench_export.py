@@ -123,7 +123,7 @@ def backends(
             return module(image).numpy()
 
     runs["torch"] = eager
-    if (compiled := openvino_model(folder / "stock.onnx")):
+    if compiled := openvino_model(folder / "stock.onnx"):
         runs["openvino"] = lambda: next(iter(compiled(feed).values()))
     return runs, loads
 
