@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.detection import Detector
 from edgeattn.errors import EdgeAttnError, IncompatibleError, MissingError, UsageError
 from edgeattn.hashing import hash_file
 from edgeattn.tensors import TensorSpec, read_arrays
@@ -79,6 +80,12 @@ class Bundle:
         """Return the recorded files: relative path to SHA-256."""
         files: dict[str, str] = self.manifest["files"]
         return files
+
+    @property
+    def detector(self) -> Detector | None:
+        """Return how candidates become detections, for a model that finds boxes."""
+        entry = self.manifest.get("detector")
+        return Detector.from_dict(entry) if entry else None
 
     @property
     def labels(self) -> list[str] | None:

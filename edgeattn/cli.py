@@ -42,6 +42,11 @@ def export(
     weights: Annotated[str | None, typer.Option(metavar="FILE|official", help="Default: seeded weights.")] = None,
     input_: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=1x3x224x224")] = None,
     dim: Annotated[list[str] | None, typer.Option("--dim", metavar="NAME=MIN:MAX:OPT", help="A dynamic size.")] = None,
+    max_points: Annotated[int | None, typer.Option(min=1, metavar="N", help="Points of a cloud that fit.")] = None,
+    max_voxels: Annotated[list[int] | None, typer.Option(min=1, metavar="N", help="Voxels; or once per stage.")] = None,
+    max_sets: Annotated[list[int] | None, typer.Option(min=1, metavar="N", help="Sets; or once per shift.")] = None,
+    profile_from: Annotated[Path | None, typer.Option(metavar="DIR", help="Take capacities from clouds.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="blocks", help="Only the blocks of a detector.")] = None,
     target: Annotated[list[str] | None, typer.Option("--target", help="portable, orin, thor, rtx ...")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or fp16 (fp16 once a board is named).")] = None,
     precision_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="An edited precision.json.")] = None,
@@ -64,6 +69,11 @@ def export(
         weights=weights,
         inputs=input_ or (),
         dims=dim or (),
+        max_points=max_points,
+        max_voxels=max_voxels or (),
+        max_sets=max_sets or (),
+        profile_from=profile_from,
+        split=split,
         targets=target or ("portable",),
         precision=precision,
         precision_plan=precision_plan,
@@ -198,9 +208,10 @@ def run(
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one per line.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npz", help="Save outputs.")] = None,
     threads: Threads = None,
+    strict_capacity: Annotated[bool, typer.Option("--strict-capacity", help="Refuse clouds that do not fit.")] = False,
     force: Force = False,
 ) -> Result:
-    """Run images or arrays through BUNDLE and print the best classes."""
+    """Run images, point clouds or arrays through BUNDLE and print the best classes or boxes."""
     from edgeattn.inference import run_inputs
 
     return run_inputs(
@@ -211,6 +222,7 @@ def run(
         labels=labels,
         output=output,
         threads=threads,
+        strict_capacity=strict_capacity,
         force=force,
         dry_run=common.dry_run,
         progress=common.tracker(),

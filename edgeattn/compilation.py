@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,6 +113,7 @@ def _manifest(job: Compilation, outputs: Sequence[TensorSpec]) -> dict[str, Any]
         "inputs": [spec.as_dict() for spec in job.source.inputs],
         "outputs": [spec.as_dict() for spec in outputs],
         "precision": job.precision,
+        **({"detector": asdict(job.source.detector)} if job.source.detector else {}),
         "ops": ops,
         "targets": [
             {"name": t.name, "kernels": "none" if not t.sm else "not built", "engine": "not built"} for t in job.targets

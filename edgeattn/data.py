@@ -1,4 +1,4 @@
-"""Inputs to validate with, one sample at a time: seeded images, an image or a folder of them, or an .npz file."""
+"""Inputs to validate with, one sample at a time: seeded ones, images, point clouds, or the arrays of an .npz file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeattn import detection
+from edgeattn.clouds import list_clouds, load_cloud
+from edgeattn.detection import cloud_input
 from edgeattn.errors import UsageError
 from edgeattn.image import SUFFIXES, load_image
 from edgeattn.npz import Sample, open_npz
 from edgeattn.seeding import noise
-from edgeattn.tensors import TensorSpec
+from edgeattn.tensors import Dim, TensorSpec
 
 _SEEDED_SAMPLES = 8
 # Cells of the noise grids, in pixels, and their amplitudes: about equal power per octave, as in photographs.
@@ -58,6 +61,9 @@ def open_data(
     if not path.exists():
         hint = "an image, a folder of images, an .npz file or seed:N"
         raise UsageError("EA0140", f"{path}: no such data", hints=[hint])
+    points = cloud_input(inputs)
+    if points is not None:
+        return _clouds(path, points, samples)
     if path.is_file() and path.suffix.lower() == ".npz":
         count, read = open_npz(path, inputs, samples)
         return Data(f"{count} samples of {path.name}", count, read)
@@ -67,6 +73,16 @@ def open_data(
 def seeded_images(seed: int | str, shape: Sequence[int]) -> NDArray[np.float32]:
     """Return natural-looking normalised images [n, 3, h, w]: structure at eight scales, mostly grey."""
     return np.stack([_image(f"{seed}/{index}", *shape[1:]) for index in range(shape[0])])
+
+
+def seeded_feeds(
+    seed: int | str, inputs: Sequence[TensorSpec], size: Callable[[Dim], int] = lambda dim: dim.opt or dim.min or 1
+) -> dict[str, NDArray[Any]]:
+    """Return one input per spec that depends on `seed` alone; `size` picks the size of a dimension."""
+    points = cloud_input(inputs)
+    if points is not None:
+        return detection.seeded_feeds(seed, points)
+    return {spec.name: seeded_input(seed, [size(dim) for dim in spec.dims], spec.dtype) for spec in inputs}
 
 
 def seeded_input(seed: int | str, shape: Sequence[int], dtype: str) -> NDArray[Any]:
@@ -106,7 +122,7 @@ def _seeded(seed: int, inputs: Sequence[TensorSpec], count: int) -> Data:
     def samples() -> Iterator[Sample]:
         for index in range(count):
             name = f"{seed}/{index}"
-            yield f"seed:{name}", {spec.name: seeded_input(name, spec.shape(), spec.dtype) for spec in inputs}
+            yield f"seed:{name}", seeded_feeds(name, inputs)
 
     return Data(f"{count} seeded samples (seed {seed})", count, samples, seeded=True)
 
@@ -128,6 +144,21 @@ def _images(path: Path, inputs: Sequence[TensorSpec], limit: int | None) -> Data
             yield name, {spec.name: np.concatenate(arrays).astype(spec.dtype, copy=False)}
 
     return Data(f"{len(set(chosen))} of {len(files)} images in {path.name}", count, samples)
+
+
+def _clouds(path: Path, spec: TensorSpec, limit: int | None) -> Data:
+    """Return samples of one point cloud or of those in a folder; points beyond the capacity are left out."""
+    files = list_clouds(path) if path.is_dir() else [path]
+    count = min(limit or len(files), len(files))
+    chosen = _spread(files, count)
+    root = path if path.is_dir() else path.parent
+
+    def samples() -> Iterator[Sample]:
+        for file in chosen:
+            cloud = load_cloud(file, spec.shape()[1])
+            yield file.relative_to(root).as_posix(), detection.pack(cloud, spec)[0]
+
+    return Data(f"{count} of {len(files)} point clouds in {path.name}", count, samples)
 
 
 def _image_input(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, Mapping[str, Any]]:

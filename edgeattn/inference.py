@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.boxes import FIELDS, Detections
 from edgeattn.bundle import Bundle, environment_error
+from edgeattn.clouds import list_clouds
 from edgeattn.console import Result
 from edgeattn.data import open_data, read_labels
 from edgeattn.errors import UsageError
@@ -29,20 +31,25 @@ def run_inputs(
     labels: Path | None = None,
     output: Path | None = None,
     threads: int | None = None,
+    strict_capacity: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Run every sample of `inputs` and return the `top` classes of each; `output` saves all outputs as `.npz`.
 
-    Saved arrays are [samples, *dims of the output]. Names come from `labels`, else from the bundle. Raises what the
-    bundle, the inputs and the backend raise, EA0105 for an existing output and EA0145 for labels that do not fit.
+    A detector gives the `top` best boxes instead, and saves boxes, scores and labels of each cloud; a cloud that does
+    not fit its capacities raises EA0148 with `strict_capacity`. Other arrays are [samples, *dims of the output]. Names
+    come from `labels`, else from the bundle. Raises what the bundle, the inputs and the backend raise, EA0105 for an
+    existing output and EA0145 for labels that do not fit.
     """
     if top < 1:
         raise UsageError("EA0150", f"--top {top}: at least 1 is needed")
     bundle = Bundle.open(path)
     names = read_labels(labels) if labels else bundle.labels
     _check_output(output, force)
+    if strict_capacity and not bundle.detector:
+        raise UsageError("EA0115", f"--strict-capacity: {bundle.path} takes no point clouds")
     sources = [open_data(source, bundle.inputs) for source in inputs]
     if dry_run:
         counts = ", ".join(source.description for source in sources)
@@ -50,6 +57,8 @@ def run_inputs(
             f"dry run: would run {counts} through {bundle.path}", {"bundle": str(bundle.path), "dry_run": True}
         )
     progress = progress or Progress(enabled=False)
+    if bundle.detector:
+        return _run_clouds(bundle, inputs, backend, threads, top, strict_capacity, output, progress)
     found: list[tuple[str, dict[str, np.ndarray]]] = []
     with load(bundle, backend, threads=threads) as session:
         with progress.stage("run", f"{session.info.backend} on {session.info.device}") as stage:
@@ -71,6 +80,71 @@ def run_inputs(
         "output": str(output) if output else None,
     }
     return Result(_text(document, bundle), document)
+
+
+def _run_clouds(
+    bundle: Bundle,
+    inputs: Sequence[Path],
+    backend: str | None,
+    threads: int | None,
+    top: int,
+    strict: bool,
+    output: Path | None,
+    progress: Progress,
+) -> Result:
+    """Run every point cloud through a detector: its best boxes, and what did not fit."""
+    files = [file for path in inputs for file in (list_clouds(path) if path.is_dir() else [path])]
+    found: list[tuple[str, Detections]] = []
+    with load(bundle, backend, threads=threads) as session:
+        with progress.stage("run", f"{session.info.backend} on {session.info.device}") as stage:
+            for number, file in enumerate(files, 1):
+                found.append((str(file), session.detect(file, strict_capacity=strict)))
+                stage.fraction = number / len(files)
+            stage.result = f"{len(found)} clouds"
+        used = session.info.backend
+    if output:
+        parts = ("boxes", "scores", "labels")
+        arrays = {f"{name}/{part}": getattr(boxes, part) for name, boxes in found for part in parts}
+        with _replacing(output) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)
+    document = {
+        "bundle": str(bundle.path),
+        "bundle_sha256": bundle.sha256,
+        "backend": used,
+        "results": [
+            {"input": name, "count": len(boxes), "boxes": _best_boxes(boxes, top), "warnings": list(boxes.warnings)}
+            for name, boxes in found
+        ],
+        "output": str(output) if output else None,
+    }
+    return Result(_boxes_text(document, bundle), document)
+
+
+def _best_boxes(found: Detections, top: int) -> list[dict[str, Any]]:
+    best = found.take(np.argsort(-found.scores, kind="stable")[:top])
+    fields = FIELDS[: best.boxes.shape[1]]
+    return [
+        {"name": name, "label": int(label), "score": float(score), **dict(zip(fields, map(float, box), strict=True))}
+        for name, label, score, box in zip(best.name, best.labels, best.scores, best.boxes, strict=True)
+    ]
+
+
+def _boxes_text(document: Mapping[str, Any], bundle: Bundle) -> str:
+    lines = []
+    if bundle.manifest["model"].get("weights_sha256") == "seeded":
+        lines.append("seeded weights, not trained: the boxes mean nothing")
+    for result in document["results"]:
+        lines.append(f"{result['input']}: {result['count']} boxes")
+        if result["boxes"]:
+            head = [field for field in result["boxes"][0] if field in FIELDS]
+            lines.append(f"  {'':22}{'score':>6}" + "".join(f"{field:>9}" for field in head))
+            lines += [
+                f"  {box['name']:22}{box['score']:6.2f}" + "".join(f"{box[field]:9.2f}" for field in head)
+                for box in result["boxes"]
+            ]
+        lines += [f"  warning: {warning}" for warning in result["warnings"]]
+    lines += [f"saved: {document['output']}"] if document["output"] else []
+    return "\n".join(lines)
 
 
 def _outputs(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgeattn.clouds import VoxelSpec
 from edgeattn.registry import Registry
 
 if TYPE_CHECKING:
@@ -27,13 +28,47 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class Cloud:
+    """How a point cloud becomes the inputs: the columns of a point, and how `space` is cut into voxels and sets.
+
+    The graph takes as many rows as its capacity, zeros behind the points, and their number as the input `count`.
+    """
+
+    columns: tuple[str, ...]
+    space: VoxelSpec
+    count: str = "num_points"
+
+
+@dataclass(frozen=True)
 class InputSpec:
-    """A network input: name, dims at batch 1 and dtype; `preprocess` for images."""
+    """A network input: name, dims at batch 1 and dtype; `preprocess` for images, `cloud` for point clouds."""
 
     name: str
     dims: tuple[int, ...]
     dtype: str = "float32"
     preprocess: Preprocess | None = None
+    cloud: Cloud | None = None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Sizes of a detector's deploy form: points, voxels per stage, sets per stage as (shift 0, shift 1)."""
+
+    points: int
+    voxels: tuple[int, ...]
+    sets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What makes detections of the candidates: class names, and the non-maximum suppression that runs on the host.
+
+    `nms` names a rule of `edgeattn.detection`; `stages` are submodules whose outputs validation compares one by one.
+    """
+
+    classes: tuple[str, ...]
+    nms: str
+    stages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +86,10 @@ class Model:
 
     The module may have `deploy(align: int = 1) -> nn.Module`: an exact inference form (norms, scales and branches
     folded), with split channels padded to a multiple of `align`. `parameters` and `macs` are measured, `top1` (percent,
-    ImageNet-1k) is the published figure; `tolerance` is the float32 error allowed, relative to the largest output.
+    ImageNet-1k) is the published figure; `tolerance` is the float32 error allowed, relative to the largest output;
+    `keep_fp32` are module patterns that stay float32 at every precision.
+
+    The module of a detector has `capacity`, and `limit(points=, voxels=, sets=)` to change it before `deploy`.
     """
 
     name: str
@@ -66,6 +104,8 @@ class Model:
     top1: float | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tolerance: float = 1e-5
+    detector: Detector | None = None
+    keep_fp32: tuple[str, ...] = ()
 
 
 MODELS: Registry[Model] = Registry("model", "edgeattn.models")

@@ -26,6 +26,7 @@ DOMAIN = "edgeattn"
 OPS: Registry[Op] = Registry("op", "edgeattn.kernels")
 
 Body = Callable[[Mapping[str, "int | None"], Mapping[str, Any], str], str]
+Sample = Callable[[Mapping[str, int], Mapping[str, Any], torch.Generator], Mapping[str, torch.Tensor]]
 _TORCH_ATTRIBUTE = {"int": "int", "float": "float", "ints": "int[]"}
 _ONNX_TYPES = {"T": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}
 _ELEM_TYPES = {"float32": 1, "int32": 6}
@@ -78,11 +79,14 @@ class Op:
         self.dynamic: Sequence[str] = ("b", "h", "w", "l", "n", "m")
         # Results that leave the range of float16 while the inputs are well inside: stays float32 in a float16 graph.
         self.wide = False
+        # The body uses what TensorRT's parser refuses: engines need the plugin, and checks stop at the op's border.
+        self.plugin_only = False
         self.ranges: Mapping[str, tuple[float, float]] = {}
         self.doc = ""
         self._reference: Callable[..., Any] | None = None
         self._fast: Callable[..., Any] | None = None
         self._body: Body | None = None
+        self._sample: Sample | None = None
         self.torch_op: Any = None
         OPS.add(name, self)
 
@@ -106,6 +110,11 @@ class Op:
         """
         self._body = body
         return body
+
+    def sample(self, function: Sample) -> Sample:
+        """Take `function(dims, attributes, generator)`: the inputs by name that random numbers do not make valid."""
+        self._sample = function
+        return function
 
     def kernel(
         self, *, grid: str, num_warps: int = 4, **constants: int | Callable[[Mapping[str, Any]], int]
@@ -160,14 +169,17 @@ class Op:
         return {name: value for name, value in case.items() if name not in attributes}, attributes
 
     def example(self, case: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
-        """Return inputs for `case`: standard normal, or uniform in `ranges` (integers included)."""
+        """Return inputs for `case`: from `sample`, else standard normal, or uniform in `ranges` (integers included)."""
         generator = torch.Generator().manual_seed(seed)
-        dims, _ = self.split_case(case)
+        dims, attributes = self.split_case(case)
+        given = self._sample(dims, attributes, generator) if self._sample else {}
         tensors = []
         for tensor in self.signature.inputs:
             shape = [int(dim) if dim.isdigit() else dims[dim] for dim in tensor.dims]
             low, high = self.ranges.get(tensor.name, (0.0, 0.0))
-            if low == high:
+            if tensor.name in given:
+                value = given[tensor.name]
+            elif low == high:
                 value = torch.randn(shape, generator=generator, dtype=torch.float64)
             else:
                 value = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from edgeattn.acceptance import accept
+from edgeattn.acceptance import MATCHED, accept
 from edgeattn.bundle import Bundle, check_output, writing
+from edgeattn.capacity import Capacities, profile
 from edgeattn.compilation import Compilation, write_files, write_records
 from edgeattn.errors import AccuracyError, UnsupportedError, UsageError
 from edgeattn.export.lower import edge_nodes, link_bodies
-from edgeattn.export.parity import example_feeds, example_tensors, run_graph
-from edgeattn.export.passes import Record, node_count, run_passes
+from edgeattn.export.parity import Array, example_feeds, example_tensors, run_graph
+from edgeattn.export.passes import Record, largest_difference, node_count, run_passes
 from edgeattn.export.precision import as_document, to_float16
 from edgeattn.export.trace import deploy, trace
 from edgeattn.export.translate import OPSET, output_names, translate
+from edgeattn.model import MODELS
 from edgeattn.progress import Progress
 from edgeattn.source import resolve
 from edgeattn.target import Target, get_target
@@ -37,6 +41,11 @@ def export_model(
     weights: str | None = None,
     inputs: Sequence[str] = (),
     dims: Sequence[str] = (),
+    max_points: int | None = None,
+    max_voxels: Sequence[int] = (),
+    max_sets: Sequence[int] = (),
+    profile_from: str | Path | None = None,
+    split: str | None = None,
     targets: Sequence[str] = ("portable",),
     precision: str | None = None,
     precision_plan: str | Path | None = None,
@@ -62,13 +71,27 @@ def export_model(
     chosen = _precision(precision, boards)
     plan = _read_plan(precision_plan)
     progress = progress or Progress(enabled=False)
-    final = Path(output or f"{_base_name(model)}-{chosen}.edgeattn")
+    part = f"-{split}" if split else ""
+    final = Path(output or f"{_base_name(model)}{part}-{chosen}.edgeattn")
     writes = not dry_run and STAGES.index(until) >= STAGES.index("lower")
     if writes:
         check_output(final, force)  # before a download or minutes of work
-    source = resolve(model, weights=weights, inputs=inputs, dims=dims, allow_partial=allow_partial, progress=progress)
+    capacities = Capacities(max_points, tuple(max_voxels), tuple(max_sets))
+    if profile_from is not None:
+        capacities = capacities.over(profile(MODELS.get(model), profile_from, progress))
+    source = resolve(
+        model,
+        weights=weights,
+        inputs=inputs,
+        dims=dims,
+        capacities=capacities,
+        split=split,
+        allow_partial=allow_partial,
+        progress=progress,
+    )
     options = {
         "model": model if source.model else source.name, "inputs": list(inputs), "dims": list(dims),
+        **({"capacities": asdict(capacities)} if capacities else {}), **({"split": split} if split else {}),
         "targets": [board.name for board in boards], "precision": chosen, "keep_fp32": list(keep_fp32),
         "precision_plan": bool(plan), "weights": source.weights, "allow_partial": allow_partial, "check": check,
     }  # fmt: skip
@@ -136,13 +159,21 @@ def _passes(job: Compilation, dump: Path | None) -> None:
     with job.progress.stage("passes") as stage:
         feeds = example_feeds(job.source.inputs, seed=1)
         graph = job.graph
-        records = run_passes(graph, lambda model: run_graph(model, feeds), dump)
+        records = run_passes(
+            graph, lambda model: run_graph(model, feeds), dump, compare=lambda *both: _difference(job, *both)
+        )
         rewrites = sum(record.rewrites for record in records)
         stage.what = f"{rewrites} rewrites"
         errors = [record.error for record in records if record.error is not None]
         verified = f"   (verified: {max(errors):.1e})" if errors else ""
         summary = f"{records[0].before} -> {records[-1].after} nodes{verified}"
         job.record(stage, summary, [_timed(record) for record in records], passes=[_plain(each) for each in records])
+
+
+def _difference(job: Compilation, expected: Sequence[Array], found: Sequence[Array]) -> float:
+    """Return the largest relative difference, infinite where a detector loses more than a few candidates."""
+    found, expected, share = job.source.in_one_order(found, expected)
+    return largest_difference(expected, found) if share >= MATCHED else math.inf
 
 
 def _timed(record: Record) -> dict[str, Any]:
@@ -160,7 +191,8 @@ def _lower_precision(job: Compilation, plan: dict[str, str], keep: Sequence[str]
             job.precision_document = as_document([], "fp32")
             job.record(stage, "as traced", precision="fp32")
             return
-        choices = to_float16(job.graph, keep, plan)
+        own = job.source.model.keep_fp32 if job.source.model else ()
+        choices = to_float16(job.graph, [*own, *keep], plan)
         _refuse_unknown_nodes(plan, {choice.node for choice in choices})
         kept = sum(choice.dtype == "float32" for choice in choices)
         casts = sum(node.op_type == "Cast" for node in job.graph.graph)

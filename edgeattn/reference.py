@@ -68,6 +68,8 @@ class Original:
     def at(self, precision: str) -> Original:
         """Return a copy that computes in `precision` ("fp16", "bf16")."""
         dtype = _HALF[precision]
+        if self._bundle.detector is not None:
+            return Original(self._bundle, self._stored_as(dtype))
         module = copy.deepcopy(self._module).to(getattr(self._torch, dtype))
         return Original(self._bundle, module, dtype)
 
@@ -81,6 +83,14 @@ class Original:
             why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise MissingError("EA0211", "torch.compile does not work here", why=why[:200]) from error
         return compiled
+
+    def _stored_as(self, dtype: str) -> Any:
+        """Return the module of a detector rounded to `dtype`: its coordinates stay float32."""
+        from edgeattn.model import MODELS
+        from edgeattn.rounding import StoredAs
+
+        keep = MODELS.get(str(self._bundle.manifest["model"]["variant"])).keep_fp32
+        return StoredAs(self._module, getattr(self._torch, dtype), keep)
 
     def _tensor(self, name: str, array: Array) -> Any:
         tensor = to_torch(name, array, "cpu")

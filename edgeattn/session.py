@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 
 from edgeattn.backends import BACKENDS, Runner, choose, choose_device
+from edgeattn.boxes import Detections
 from edgeattn.bundle import Bundle
+from edgeattn.clouds import load_cloud
+from edgeattn.detection import cloud_input, detect, pack, refuse_losses, seeded_feeds
 from edgeattn.errors import UnsupportedError, UsageError
-from edgeattn.tensors import Outputs, TensorSpec, check, dtype_of, in_order, like
+from edgeattn.tensors import Outputs, TensorSpec, check, dtype_of, in_order, kind_of, like, to_numpy
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Session:
         self.inputs = bundle.inputs
         self.outputs = bundle.outputs
         self._runner: Runner | None = runner
+        self._detector = bundle.detector
         self._bound: dict[str, Any] = {}
         self._queue: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -54,8 +58,28 @@ class Session:
         """Run once and return the output, or `Outputs` (a tuple that is also indexed by name) when there are several.
 
         Inputs are positional or one mapping by name. dtype and shape are checked before any work: EA0130 to EA0134.
+        A detector also takes one point cloud and returns `Detections`: see `detect`.
         """
+        if self._detector is not None and len(arguments) == 1 and not isinstance(arguments[0], Mapping):
+            return self.detect(arguments[0])
         return self._run(self._checked(arguments))
+
+    def detect(self, points: Any, *, strict_capacity: bool = False) -> Detections:
+        """Return the boxes in a cloud: an array [n, columns] (numpy, torch, DLPack; any n), or the path of a file.
+
+        What does not fit the capacities of the graph is lost and said in `warnings`; with `strict_capacity` it is an
+        error, EA0148. Raises EA0146 and EA0147 for a cloud that is none, EA0143 for a model that takes no clouds.
+        """
+        spec = cloud_input(self.inputs)
+        if self._detector is None or spec is None:
+            raise UsageError("EA0143", f"{self.info.bundle}: this model takes no point cloud")
+        cloud = load_cloud(points, spec.shape()[1]) if isinstance(points, (str, Path)) else points
+        array = to_numpy(spec.name, cloud) if kind_of(cloud) in ("torch", "dlpack") else cloud
+        feeds, count = pack(array, spec)
+        self._alive()
+        found = self._run([feeds[each.name] for each in self.inputs])
+        detections = detect(dict(found.items()), self._detector, spec, count)
+        return refuse_losses(detections) if strict_capacity else detections
 
     def submit(self, *arguments: Any) -> Future[Any]:
         """Run in the background, one after the other, and return a future.
@@ -170,7 +194,11 @@ class Session:
         return buffer
 
     def _examples(self) -> list[np.ndarray]:
-        """Return seeded noise of the best size; zeros for integers, which may be indices."""
+        """Return seeded noise of the best size, or a seeded cloud; zeros for integers, which may be indices."""
+        points = cloud_input(self.inputs)
+        if points is not None:
+            feeds = seeded_feeds(0, points)
+            return [feeds[spec.name] for spec in self.inputs]
         draw = np.random.default_rng(0).standard_normal
         return [
             (draw(spec.shape()) if "float" in spec.dtype else np.zeros(spec.shape())).astype(spec.dtype)

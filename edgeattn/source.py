@@ -6,21 +6,24 @@ import importlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgeattn.capacity import Capacities
+from edgeattn.detection import Array, Detector, align
 from edgeattn.download import official_weights
 from edgeattn.errors import UsageError
-from edgeattn.model import MODELS, InputSpec, Model
+from edgeattn.model import MODELS, Capacity, InputSpec, Model
 from edgeattn.originals import load_program
 from edgeattn.progress import Progress
 from edgeattn.tensors import Dim, TensorSpec
 from edgeattn.weights import load_checkpoint, seed_weights
 
+_OWN = Capacities()
 # What users call the axes of an image [batch, 3, height, width].
 _AXES = {"batch": 0, "n": 0, "height": 2, "h": 2, "width": 3, "w": 3}
 _INPUT = re.compile(r"(?P<name>\w+)(?::(?P<dtype>\w+))?=(?P<dims>\w+(?:x\w+)*)")
@@ -44,6 +47,21 @@ class Source:
     partial: str = ""
 
     @property
+    def detector(self) -> Detector | None:
+        """Return the `detector` entry of the manifest, for a model that finds boxes."""
+        if self.model is None or self.model.detector is None:
+            return None
+        kind = self.model.detector
+        return Detector(kind.classes, kind.nms, kind.stages)
+
+    def in_one_order(self, found: Sequence[Array], expected: Sequence[Array]) -> tuple[list[Array], list[Array], float]:
+        """Return both results with a detector's candidates paired, and the share that both have; else as they are."""
+        if self.detector is None:
+            return list(found), list(expected), 1.0
+        ours, theirs, share = align(*(dict(zip(self.outputs, each, strict=True)) for each in (found, expected)))
+        return list(ours.values()), list(theirs.values()), share
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Return the `model` entry of the manifest."""
         family = self.model.family if self.model else "user"
@@ -58,25 +76,42 @@ def resolve(
     weights: str | None = None,
     inputs: Sequence[str] = (),
     dims: Sequence[str] = (),
+    capacities: Capacities = _OWN,
+    split: str | None = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
 ) -> Source:
     """Return what `model` names, weights loaded.
 
-    `inputs` are NAME=1x3x224x224 (or NAME:dtype=...), `dims` NAME=min:max[:opt]. Raises EA0101 for an unknown model,
-    EA0111 for an option that cannot be read, and what the weight file is refused for.
+    `inputs` are NAME=1x3x224x224 (or NAME:dtype=...), `dims` NAME=min:max[:opt]; `capacities` are for detectors. Raises
+    EA0101 for an unknown model, EA0111 and EA0115 for an option that does not fit, and what the weight file is refused
+    for.
     """
     ranges = {dim.name: dim for dim in map(_read_dim, dims)}
     shapes = dict(_read_input(text, ranges) for text in inputs)
+    entry = None if model.endswith(".pt2") or ":" in model else MODELS.get(model)
+    if capacities and (entry is None or entry.detector is None):
+        raise UsageError(
+            "EA0115", f"{model}: takes no point clouds, so it has no --max-points, --max-voxels, --max-sets"
+        )
+    if split is not None and (entry is None or entry.detector is None or split != "blocks"):
+        raise UsageError("EA0115", f"--split {split}: only blocks, of a model that takes point clouds")
     if model.endswith(".pt2"):
         return _from_file(Path(model), shapes, weights)
     if ":" in model:
         return _from_factory(model, shapes, weights)
-    entry = MODELS.get(model)
+    assert entry is not None
+    if entry.detector is not None and (shapes or ranges):
+        raise UsageError("EA0111", f"{model}: its inputs are fixed", hints=["--max-points changes how many points fit"])
     specs = tuple(_spec(spec, shapes, ranges) for spec in entry.inputs)
     _refuse_unknown(shapes, [spec.name for spec in specs])
-    module = entry.build().eval()
+    module: Any = entry.build().eval()
+    if entry.detector is not None:
+        module.limit(capacities.points, capacities.voxels, capacities.sets)
+        specs = tuple(_with_capacity(spec, module.capacity) for spec in specs)
     digest, partial = _load(module, entry, weights, allow_partial, progress)
+    if split:
+        return Source(f"{entry.name}-{split}", module.blocks().eval(), module.block_inputs(), ("output",), digest)
     return Source(entry.name, module, specs, entry.outputs, digest, entry, partial=partial)
 
 
@@ -151,6 +186,7 @@ def _program_dim(program: torch.export.ExportedProgram, size: Any) -> Dim:
 def _spec(spec: InputSpec, shapes: Mapping[str, TensorSpec], ranges: Mapping[str, Dim]) -> TensorSpec:
     """Return the catalogue's input with the sizes the user gave."""
     preprocess = asdict(spec.preprocess) if spec.preprocess else None
+    cloud = asdict(spec.cloud) if spec.cloud else None
     if spec.name in shapes:
         given = shapes[spec.name]
         if len(given.dims) != len(spec.dims):
@@ -162,7 +198,15 @@ def _spec(spec: InputSpec, shapes: Mapping[str, TensorSpec], ranges: Mapping[str
             if name.lower() not in _AXES:
                 raise UsageError("EA0111", f"--dim {name}: no such size", hints=["batch, height or width"])
             dims[_AXES[name.lower()]] = dim
-    return TensorSpec(spec.name, spec.dtype, tuple(dims), preprocess)
+    return TensorSpec(spec.name, spec.dtype, tuple(dims), preprocess, cloud)
+
+
+def _with_capacity(spec: TensorSpec, capacity: Capacity) -> TensorSpec:
+    """Return the input of a cloud with its sizes; other inputs stay."""
+    if spec.cloud is None:
+        return spec
+    cloud = {**spec.cloud, "voxels": list(capacity.voxels), "sets": [list(pair) for pair in capacity.sets]}
+    return replace(spec, dims=(Dim.fixed(capacity.points), *spec.dims[1:]), cloud=cloud)
 
 
 def _refuse_unknown(shapes: Mapping[str, TensorSpec], names: Sequence[str]) -> None:

@@ -53,23 +53,25 @@ class Dim:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of the graph; `preprocess` says how an image becomes this input."""
+    """An input or output of the graph; `preprocess` says how an image becomes this input, `cloud` how points do."""
 
     name: str
     dtype: str
     dims: tuple[Dim, ...]
     preprocess: Mapping[str, Any] | None = None
+    cloud: Mapping[str, Any] | None = None
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> TensorSpec:
         """Read a manifest entry."""
         dims = tuple(Dim.from_dict(dim) for dim in entry["dims"])
-        return cls(str(entry["name"]), str(entry["dtype"]), dims, entry.get("preprocess"))
+        return cls(str(entry["name"]), str(entry["dtype"]), dims, entry.get("preprocess"), entry.get("cloud"))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest entry."""
         entry: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "dims": [dim.as_dict() for dim in self.dims]}
-        return entry | ({"preprocess": dict(self.preprocess)} if self.preprocess is not None else {})
+        sources = {"preprocess": self.preprocess, "cloud": self.cloud}
+        return entry | {key: dict(value) for key, value in sources.items() if value is not None}
 
     def shape(self) -> tuple[int, ...]:
         """Return the best size of every dimension (1 where nothing is known)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from edgeattn.errors import AccuracyError
+from edgeattn.export.lower import edge_nodes
 from edgeattn.export.precision import module_path
 from edgeattn.op import DOMAIN
 from edgeattn.target import Target
@@ -51,12 +53,16 @@ def incomplete_values(model: ir.Model) -> list[str]:
 
 
 def target_violations(model: ir.Model, target: Target) -> list[Violation]:
-    """Return what the oldest TensorRT of `target` cannot take, bodies included; nothing for `portable`."""
+    """Return what the oldest TensorRT of `target` cannot take, bodies included; nothing for `portable`.
+
+    An op that is always a plugin is not looked into.
+    """
     if not target.tensorrt[0]:
         return []
     found: Counter[tuple[str, str]] = Counter()
     modules: dict[tuple[str, str], str] = {}
-    for node, path in flat_nodes(model):
+    plugins = {node for node, op in edge_nodes(model) if op.plugin_only}
+    for node, path in flat_nodes(model, plugins):
         reason = _refusal(node, target)
         if reason:
             found[node.op_type, reason] += 1
@@ -71,10 +77,12 @@ def operator_rules() -> dict[str, Any]:
     return table
 
 
-def flat_nodes(model: ir.Model) -> list[tuple[ir.Node, str]]:
+def flat_nodes(model: ir.Model, leave_out: Collection[ir.Node] = ()) -> list[tuple[ir.Node, str]]:
     """Return every node, those of linked bodies too, each with the module path of the call."""
     flat = []
     for node in model.graph.all_nodes():
+        if node in leave_out:
+            continue
         function = model.functions.get((node.domain, node.op_type, ""))
         inner = [node] if function is None else list(function.all_nodes())
         flat += [(each, module_path(node)) for each in inner]

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from edgeattn.data import seeded_input
+from edgeattn.data import seeded_feeds
 from edgeattn.export.lower import link_bodies
 from edgeattn.tensors import TensorSpec
 
@@ -27,7 +27,7 @@ def example_feeds(specs: Sequence[TensorSpec], seed: int, size: str = "opt") -> 
     `size` picks the size of dynamic dims: "min", "opt", "max", or "trace" (opt, but never 1: a size of 1 would be baked
     in by the tracer).
     """
-    return {spec.name: seeded_input(seed, [_size(dim, size) for dim in spec.dims], spec.dtype) for spec in specs}
+    return seeded_feeds(seed, specs, lambda dim: _size(dim, size))
 
 
 def example_tensors(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ SENSITIVE = {
 # Inputs that stay float32 whatever the node: scales and sizes, not activations.
 _FLOAT_INPUTS = {"Resize": (1, 2), "Clip": (), "Pad": ()}
 _FLOAT16_MAX = 65504.0
-_MOVING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+_MOVING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Slice", "Gather"}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from edgeattn.pipeline import export_model
 
 # One variant per family in the default run, at float32 and float16; the rest are slow.
 FIRST = ["ghostnetv2_1.0", "shvit_s1", "emov2_1m", "mobilemamba_t2"]
+CLASSIFIERS = [name for name in MODELS.names() if MODELS.get(name).detector is None]
 OPS = {
     "ghostnetv2": {"EdgeUpsampleGateMul"},
     "shvit": {"EdgeSingleHeadAttention"},
@@ -30,7 +31,7 @@ OPS = {
 QUICK_DYNAMIC = ["shvit_s1", "mobilemamba_t2"]
 RTX = find_spec("tensorrt_rtx") is not None
 variants = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in MODELS.names()]
+    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in CLASSIFIERS]
 )
 
 

@@ -24,9 +24,11 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "safe
 # Who may import whom: a module imports from earlier rows and from its own.
 LAYERS = (
     ("errors", "packages", "registry", "expr", "signature", "hashing", "progress", "seeding", "tensors"),
+    ("boxes", "clouds", "detection", "rounding"),
     ("op", "model", "target"),
     ("kernels", "models"),
-    ("download", "checkpoint", "weights", "image", "npz", "data", "accuracy", "conditions", "engine", "bundle"),
+    ("capacity", "download", "checkpoint", "weights", "image", "npz", "data", "accuracy", "conditions", "engine"),
+    ("bundle",),
     ("originals", "source", "export", "aot", "plugins", "testing"),
 )
 

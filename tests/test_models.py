@@ -1,4 +1,4 @@
-"""Every model of the catalogue against the authors' numbers, and its deploy form against itself."""
+"""Every classifier of the catalogue against the authors' numbers, and its deploy form against itself."""
 
 import copy
 import json
@@ -17,14 +17,15 @@ from edgeattn.weights import seed_weights
 GOLDEN = Path(__file__).parent / "golden"
 # One variant per family in the default run; all of them where it costs nothing.
 FIRST = ["ghostnetv2_1.0", "shvit_s1", "emov2_1m", "mobilemamba_t2"]
-WITH_GOLDEN = [name for name in MODELS.names() if (GOLDEN / f"{name}.json").exists()]
+CLASSIFIERS = [name for name in MODELS.names() if MODELS.get(name).detector is None]
+WITH_GOLDEN = [name for name in CLASSIFIERS if (GOLDEN / f"{name}.json").exists()]
 # Largest difference over largest value (golden/README.md); the reference was computed in float64.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-6}
 each_dtype = pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 with_golden = pytest.mark.parametrize("name", WITH_GOLDEN)
-each_model = pytest.mark.parametrize("name", MODELS.names())
+each_model = pytest.mark.parametrize("name", CLASSIFIERS)
 variants = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in MODELS.names()]
+    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in CLASSIFIERS]
 )
 
 
