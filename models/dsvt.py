@@ -265,7 +265,7 @@ CONFIGS = (
         nms="center",
         classes=_WAYMO,
         columns=("intensity", "elongation"),
-        capacity=Capacity(200_000, (120_000, 80_000, 60_000, 40_000), ((4_096, 3_072),) * 4),
+        capacity=Capacity(200_000, (64_000, 56_000, 48_000, 40_000), ((2_560, 1_792),) * 4),
         parameters=9_102_188,
         macs=357_671_448_576,
     ),
