@@ -46,7 +46,7 @@ def partition(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Group voxels [v, 4] (batch, z, y, x) into sets of equal size inside the windows of one configuration.
 
-    Returns int64 tensors: inds [2, sets, set_size] (y-major order, x-major order; operators.md 3.5), slot [2, v]: flat
+    Returns int64 tensors: inds [2, sets, set_size] (y-major order, x-major order), slot [2, v]: flat
     place of the first entry of every voxel in inds[0] and inds[1], position [v] = (iz*wy + iy)*wx + ix inside the
     window, and the window number [v]. grid, window and shift are in the order x, y, z.
     """

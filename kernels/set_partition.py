@@ -33,7 +33,7 @@ def reference(
     repeat an entry; unused sets hold n - 1. slot [2, n]: place of each voxel's first entry in the flat sets, 0 where it
     has none. position [n] = (iz*wy + iy)*wx + ix inside the window, 0 without voxel. num_sets [1] is the true count and
     may exceed max_sets, whose sets beyond are dropped. All int32. grid, window and shift are (x, y, z): no shift along
-    z where one window spans it, as it must for the ONNX body (EA0402). Source: DSVT, section 3.2; operators.md 3.5.
+    z where one window spans it, as it must for the ONNX body (EA0402). Source: DSVT, section 3.2.
     """
     spare = len(coords) - 1
     count = int(num_voxels.clamp(0, spare))

@@ -65,7 +65,7 @@ def test_export_examples_are_understood(command, folder):
 
 
 def test_every_variant_and_file_named_in_the_readme_exists():
-    for prefix, rest in re.findall(r"`((?:ghostnetv2|emov2|shvit|mobilemamba)_\w[\w.]*)`((?: `_\w[\w.]*`)*)", README):
+    for prefix, rest in re.findall(r"`((?:ghostnetv2|emov2|shvit|mobilemamba|dsvt)_\w[\w.]*)`((?: `_\w[\w.]*`)*)", README):
         family = prefix.partition("_")[0]
         for name in [prefix, *(family + suffix for suffix in re.findall(r"`(_\w[\w.]*)`", rest))]:
             assert name in MODELS, name
@@ -73,7 +73,8 @@ def test_every_variant_and_file_named_in_the_readme_exists():
         assert (ROOT / path).exists(), path
 
 
-def test_table_is_the_recorded_one():
-    """The table of measured results is the file that the benchmark wrote."""
-    shown = README.split("<!-- table -->")[1].split("<!-- /table -->")[0].strip()
-    assert shown == (ROOT / "tests" / "results" / "bench_export.md").read_text().strip()
+@pytest.mark.parametrize("place, name", [("table", "export"), ("dsvt", "dsvt"), ("dsvt_front", "dsvt_front")])
+def test_tables_are_the_recorded_ones(place, name):
+    """The tables of measured results are the files that the benchmarks wrote."""
+    shown = README.split(f"<!-- {place} -->")[1].split(f"<!-- /{place} -->")[0].strip()
+    assert shown == (ROOT / "tests" / "results" / f"bench_{name}.md").read_text().strip()

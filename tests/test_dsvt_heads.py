@@ -268,7 +268,7 @@ def test_positions_are_centres_x_first():
 
 
 def plain_transfusion(head, features):
-    """The head proposal by proposal, as dsvt.md tells it, for one cloud in float64; returns values by name."""
+    """The head proposal by proposal, step by step, for one cloud in float64; returns values by name."""
     nx, ny = head.size
     bev = head.shared_conv(features.transpose(2, 3))
     heat = head.heatmap_head(bev).sigmoid()[0]
