@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from edgeattn.accuracy import FACTOR, band
+from edgeattn.accuracy import band, least_share
 from edgeattn.compilation import GOLDEN_SAMPLES, Compilation
 from edgeattn.engine import rtx_check
 from edgeattn.errors import AccuracyError, BuildError, UnsupportedError
@@ -21,9 +21,6 @@ from edgeattn.export.parity import Array, example_feeds, run_bytes, run_half, ru
 from edgeattn.rounding import StoredAs
 from edgeattn.source import Source
 from edgeattn.tensors import TensorSpec
-
-# The share of a detector's boxes that must be there: rounding alone swaps a few at the cut of the ranking.
-MATCHED = 0.99
 
 
 def accept(job: Compilation, path: Path) -> None:
@@ -79,14 +76,14 @@ def _parity(job: Compilation, graph: bytes) -> dict[str, Any]:
     expected = [run_torch(source.module, feed) for feed in feeds]
     own, own_share = _own_error(job, feeds, expected)
     limit = band(job.precision, own)
-    least = min(MATCHED, 1 - FACTOR * (1 - own_share))
+    least = least_share(job.precision, own_share)
     errors, shares, agree, rows = [], [], 0, 0
     for feed, wanted in zip(feeds, expected, strict=True):
         found = run_bytes(graph, feed)
         error, share = _compare(source, found, wanted)
         errors.append(error)
         shares.append(share)
-        if wanted[0].ndim == 2 and source.detector is None:
+        if wanted[0].ndim == 2 and len(source.inputs) == 1:
             agree += int((found[0].argmax(1) == wanted[0].argmax(1)).sum())
             rows += len(wanted[0])
     job.golden += zip(feeds[:GOLDEN_SAMPLES], expected, strict=False)
@@ -94,8 +91,9 @@ def _parity(job: Compilation, graph: bytes) -> dict[str, Any]:
     if not worst <= limit.limit:
         sizes = [list(array.shape) for array in feeds[errors.index(worst)].values()]
         raise AccuracyError("EA0704", f"scaled error {worst:.1e} at {sizes}, limit {limit.limit:.1e}", why=limit.source)
-    if min(shares) < least:
-        raise AccuracyError("EA0705", f"only {min(shares):.1%} of the boxes are found, at least {least:.1%} wanted")
+    if min(shares) < least.limit:
+        few = f"only {min(shares):.1%} of the boxes are found, at least {least.limit:.1%} wanted"
+        raise AccuracyError("EA0705", few, why=least.source)
     return {
         "scaled_err": worst,
         "band": limit.limit,

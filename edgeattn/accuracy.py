@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 # PyTorch's own error at the precision is multiplied by this: another order of summation costs a small factor, a wrong
 # operator costs orders of magnitude.
 FACTOR = 4.0
+# The share of a detector's boxes that must be there: rounding alone swaps a few at the cut of the ranking.
+MATCHED = 0.99
 # Scaled error below which rounding alone explains a difference. Half precision: half a unit in the last place.
 FLOORS = {"fp64": 1e-12, "fp32": 5e-6, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
@@ -24,10 +26,13 @@ _PROBLEMS_KEPT = 3
 
 @dataclass(frozen=True)
 class Band:
-    """The largest scaled error that passes, and where the figure comes from."""
+    """The largest scaled error, or the least share of boxes, that passes, and where the figure comes from."""
 
     limit: float
     source: str
+
+
+EXACT = Band(0.0, "integers are exact")
 
 
 def band(precision: str, reference_error: float | None = None) -> Band:
@@ -40,6 +45,14 @@ def band(precision: str, reference_error: float | None = None) -> Band:
     if derived > floor:
         return Band(derived, f"{FACTOR:g} x torch {precision} error {reference_error:.2g}")
     return Band(floor, f"floor of {precision}")
+
+
+def least_share(precision: str, reference_share: float | None = None) -> Band:
+    """Return min(0.99, 1 - 4 x (1 - s)): `s` is the share of boxes that PyTorch itself keeps at `precision`."""
+    loss = 0.0 if reference_share is None else 1 - reference_share
+    if 1 - FACTOR * loss < MATCHED:
+        return Band(max(0.0, 1 - FACTOR * loss), f"{FACTOR:g} x torch {precision} loss {loss:.2g}")
+    return Band(MATCHED, "rounding alone swaps a few")
 
 
 @dataclass

@@ -29,10 +29,14 @@ class Capacities:
         return Capacities(points, self.voxels or other.voxels, self.sets or other.sets)
 
 
-def profile(model: Model, folder: str | Path, progress: Progress) -> Capacities:
-    """Return capacities that hold every cloud in `folder` with room to spare, and tell the figures behind them.
+_NONE = Capacities()
 
-    Raises EA0115 for a model that takes no clouds, EA0140 for a folder without any, EA0146 for an unreadable one.
+
+def profile(model: Model, folder: str | Path, progress: Progress, given: Capacities = _NONE) -> Capacities:
+    """Return capacities that hold every cloud in `folder` with room to spare, where nothing is `given`.
+
+    Tells the figures behind them, and the share of clouds over each. Raises EA0115 for a model that takes no clouds,
+    EA0140 for a folder without any, EA0146 for an unreadable one.
     """
     cloud = model.inputs[0].cloud
     if cloud is None:
@@ -45,7 +49,7 @@ def profile(model: Model, folder: str | Path, progress: Progress) -> Capacities:
             stage.fraction = number / len(files)
         needed = propose(needs)
         stage.result = f"{needed['points'].largest} points at most"
-    proposed = _together(needed)
+    proposed = given.over(_together(needed))
     limits = {name: _limit(proposed, name) for name in needed}
     for line in _table(needed, limits, overflow(needs, limits)):
         progress.note(line)
@@ -67,7 +71,8 @@ def _limit(capacities: Capacities, name: str) -> int:
     if kind == "points":
         assert capacities.points is not None
         return capacities.points
-    return capacities.voxels[int(index)] if kind == "voxels" else capacities.sets[int(index.rpartition("_")[2])]
+    sizes, place = (capacities.voxels, index) if kind == "voxels" else (capacities.sets, index.rpartition("_")[2])
+    return sizes[min(int(place), len(sizes) - 1)]
 
 
 def _table(needed: Mapping[str, Need], limits: Mapping[str, int], shares: Mapping[str, float]) -> Sequence[str]:

@@ -11,9 +11,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
+
+from edgeattn.boxes import corners, rectangles
 
 Array = NDArray[Any]
 # Distinguishable for colour-blind readers and in grey print; backends keep theirs on every chart.
@@ -28,6 +31,9 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 _WIDTH, _HEIGHT = 5.4, 2.7
 _MOST_POINTS = 1500
+# A cloud from above: side of the picture, and how many of its points are drawn.
+_ABOVE = 8.0
+_MOST_CLOUD_POINTS = 60_000
 # The share of elements that is the thickness of a line: rarer bins do not widen the axis.
 _VISIBLE = 5e-4
 # Below this a float32 error is no error; exact samples are drawn here, as a logarithmic axis has no zero.
@@ -129,10 +135,42 @@ def picture(values: Array, preprocess: Mapping[str, Any] | None) -> str | None:
     return _address("image/png", buffer.getvalue())
 
 
+def birds_eye(points: Array, expected: Array, found: Array, name: str, low: Array, high: Array) -> str:
+    """Draw points [n, 3 or more] from above under boxes [m, 7 or more]: of PyTorch, wide, and of `name`, thin on top.
+
+    A line from the middle of a box to its front shows the heading; `low` and `high` are the corners (x, y) of what the
+    detector sees.
+    """
+    with _chart("x in metres", "y in metres", _ABOVE, _ABOVE) as (figure, axes):
+        seen = points[((points[:, :2] >= low) & (points[:, :2] <= high)).all(1)]
+        chosen = seen[np.linspace(0, len(seen) - 1, min(len(seen), _MOST_CLOUD_POINTS)).astype(int)]
+        size = 3.0 if len(chosen) < 5000 else 0.4
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c="#98a2b3", linewidths=0, rasterized=True)
+        for label, boxes, shade, width in (
+            ("PyTorch", expected, "#f0a35e", 2.6),
+            (name, found, color(name), 0.9),
+        ):
+            _boxes(axes, boxes, shade, width, f"{label}: {len(boxes)} boxes")
+        axes.set_aspect("equal")
+        margin = 0.03 * (high - low)
+        axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+        _legend(axes)
+        return _svg(figure)
+
+
+def _boxes(axes: Axes, boxes: Array, shade: str, width: float, label: str) -> None:
+    """Draw the outlines of boxes [n, 7 or more], and their headings."""
+    outlines = corners(rectangles(boxes))
+    fronts = np.stack([boxes[:, :2], outlines[:, [0, 3]].mean(1)], 1)
+    axes.add_collection(PolyCollection(list(outlines), facecolors="none", edgecolors=shade, linewidths=width))
+    axes.add_collection(LineCollection(list(fronts), colors=shade, linewidths=width / 2))
+    axes.plot([], [], color=shade, linewidth=width, label=label)
+
+
 @contextmanager
-def _chart(below: str, beside: str, height: float = _HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+def _chart(below: str, beside: str, height: float = _HEIGHT, width: float = _WIDTH) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_xlabel(below)
         axes.set_ylabel(beside)

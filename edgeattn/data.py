@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ _DARKEST, _BRIGHTEST = -2.1, 2.6
 
 @dataclass(frozen=True)
 class Data:
-    """Samples of (id, {input name: array}), made anew by every iteration and one at a time."""
+    """Samples of (id, {input name: array}), made anew by every iteration and one at a time.
+
+    `lost` says, by id, what of the samples read so far did not fit.
+    """
 
     description: str
     count: int
     samples: Callable[[], Iterator[Sample]]
     seeded: bool = False
+    lost: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count
@@ -152,13 +156,18 @@ def _clouds(path: Path, spec: TensorSpec, limit: int | None) -> Data:
     count = min(limit or len(files), len(files))
     chosen = _spread(files, count)
     root = path if path.is_dir() else path.parent
+    most, columns = spec.shape()
+    lost: dict[str, str] = {}
 
     def samples() -> Iterator[Sample]:
         for file in chosen:
-            cloud = load_cloud(file, spec.shape()[1])
-            yield file.relative_to(root).as_posix(), detection.pack(cloud, spec)[0]
+            name = file.relative_to(root).as_posix()
+            feeds, points = detection.pack(load_cloud(file, columns), spec)
+            if points > most:
+                lost[name] = f"points: {points} found, {most} fit, {points - most} lost"
+            yield name, feeds
 
-    return Data(f"{count} of {len(files)} point clouds in {path.name}", count, samples)
+    return Data(f"{count} of {len(files)} point clouds in {path.name}", count, samples, lost=lost)
 
 
 def _image_input(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, Mapping[str, Any]]:

@@ -106,18 +106,23 @@ def _fits(points: Points, spec: TensorSpec) -> bool:
 
 
 def detect(outputs: Mapping[str, Array], detector: Detector, spec: TensorSpec, points: int) -> Detections:
-    """Return the detections of one run: candidates suppressed, and a warning for every capacity that did not hold."""
+    """Return the detections of one run: candidates suppressed, and a warning for every capacity that did not hold.
+
+    A cloud without a point in the range has none.
+    """
     found = Detections(outputs["boxes"], outputs["scores"], outputs["labels"], detector.classes)
+    if not outputs["counts"][0]:
+        found = found.take(slice(0))  # no point in the range: what the head makes of an empty map means nothing
     lost = losses(points, outputs["counts"].tolist(), spec)
     return replace(SUPPRESSION[detector.nms](found), warnings=tuple(lost))
 
 
-def refuse_losses(found: Detections) -> Detections:
-    """Return `found`, or raise EA0148 when a capacity did not hold."""
+def refuse_losses(found: Detections, name: str = "the cloud") -> Detections:
+    """Return `found`, or raise EA0148 when a capacity did not hold for the cloud called `name`."""
     if found.warnings:
         raise UsageError(
             "EA0148",
-            f"the cloud does not fit: {'; '.join(found.warnings)}",
+            f"{name} does not fit: {'; '.join(found.warnings)}",
             hints=["export with larger --max-points, --max-voxels or --max-sets"],
         )
     return found

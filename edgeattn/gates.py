@@ -14,6 +14,8 @@ from edgeattn.registry import near
 # Which side of the limit passes: errors and counts stay below, agreement stays above.
 AT_MOST = ("rel", "abs", "nan")
 AT_LEAST = ("cosine", "snr", "top1")
+# Shares of a detector's boxes: candidates that both have, and detections that match.
+SHARES = ("candidates", "matched")
 MAXIMA = {"p50": "ms", "p90": "ms", "p95": "ms", "p99": "ms", "max": "ms", "mean": "ms", "memory": "MiB"}
 
 _NUMBER = re.compile(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
@@ -57,7 +59,7 @@ def accuracy_limits(texts: Iterable[str]) -> dict[str, float]:
     """Read `--gate NAME=VALUE` options; a percentage is a share. Raises EA0170."""
     return {
         name: _scaled(value, {"": 1.0, "%": 0.01}, f"--gate {name}", "EA0170")
-        for name, value in _pairs(texts, (*AT_MOST, *AT_LEAST), "gate", "EA0170")
+        for name, value in _pairs(texts, (*AT_MOST, *AT_LEAST, *SHARES), "gate", "EA0170")
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def run_inputs(
         )
     progress = progress or Progress(enabled=False)
     if bundle.detector:
-        return _run_clouds(bundle, inputs, backend, threads, top, strict_capacity, output, progress)
+        return _run_clouds(bundle, inputs, backend, threads, top, names, strict_capacity, output, progress)
     found: list[tuple[str, dict[str, np.ndarray]]] = []
     with load(bundle, backend, threads=threads) as session:
         with progress.stage("run", f"{session.info.backend} on {session.info.device}") as stage:
@@ -88,17 +89,22 @@ def _run_clouds(
     backend: str | None,
     threads: int | None,
     top: int,
+    names: Sequence[str] | None,
     strict: bool,
     output: Path | None,
     progress: Progress,
 ) -> Result:
     """Run every point cloud through a detector: its best boxes, and what did not fit."""
+    assert bundle.detector is not None
+    if names is not None:
+        _check_labels(names, len(bundle.detector.classes))
     files = [file for path in inputs for file in (list_clouds(path) if path.is_dir() else [path])]
     found: list[tuple[str, Detections]] = []
     with load(bundle, backend, threads=threads) as session:
         with progress.stage("run", f"{session.info.backend} on {session.info.device}") as stage:
             for number, file in enumerate(files, 1):
-                found.append((str(file), session.detect(file, strict_capacity=strict)))
+                boxes = session.detect(file, strict_capacity=strict)
+                found.append((str(file), boxes if names is None else replace(boxes, names=tuple(names))))
                 stage.fraction = number / len(files)
             stage.result = f"{len(found)} clouds"
         used = session.info.backend
@@ -159,8 +165,8 @@ def _classes(outputs: Mapping[str, np.ndarray], top: int, names: Sequence[str] |
     if len(outputs) != 1 or logits.ndim != 2 or logits.shape[1] < _FEWEST_CLASSES:
         return []
     row = logits[0].astype(np.float64)
-    if names is not None and len(names) != len(row):
-        raise UsageError("EA0145", f"{len(names)} labels for {len(row)} classes")
+    if names is not None:
+        _check_labels(names, len(row))
     powers = np.exp(row - row.max())
     shares = powers / powers.sum()
     best = np.argsort(-row, kind="stable")[:top]
@@ -168,6 +174,11 @@ def _classes(outputs: Mapping[str, np.ndarray], top: int, names: Sequence[str] |
         {"index": int(index), "probability": float(shares[index]), "label": names[index] if names else None}
         for index in best
     ]
+
+
+def _check_labels(names: Sequence[str], classes: int) -> None:
+    if len(names) != classes:
+        raise UsageError("EA0145", f"{len(names)} labels for {classes} classes")
 
 
 def _shapes(outputs: Mapping[str, np.ndarray]) -> dict[str, list[int]]:

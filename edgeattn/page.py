@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeattn import charts
 from edgeattn.records import Arrays, number, reasons
-from edgeattn.report import milliseconds, ratio
+from edgeattn.report import blame_line, milliseconds, ratio, stage_rows
 
 _WEIGHTS = {"seeded": "seeded, not trained", "own": "those that the module came with"}
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -36,6 +36,9 @@ def render(report: Mapping[str, Any], arrays: Arrays) -> str:
         reasons=reasons(report),
         rows=_rows(report),
         charts=_charts(report, arrays),
+        detections=_detections(report),
+        stages=stage_rows(report),
+        blame=blame_line(report) if report["blame"] else "",
         worst=_worst(report, arrays),
         environment=_environment(report),
         commands=_commands(report),
@@ -50,7 +53,8 @@ def headline(report: Mapping[str, Any]) -> list[str]:
     for backend in report["backends"]:
         if backend["verdict"] == "reference":
             continue
-        parts = [_accuracy_clause(backend, report["data"]["samples"]), _latency_clause(results.get(backend["name"]))]
+        parts = [_accuracy_clause(backend, report["data"]["samples"]), _boxes_clause(backend.get("detections"))]
+        parts.append(_latency_clause(results.get(backend["name"])))
         clauses = "; ".join(part for part in parts if part)
         sentences += [f"{backend['name']}: {clauses}."] if clauses else []
     return sentences
@@ -64,6 +68,13 @@ def _accuracy_clause(backend: Mapping[str, Any], samples: int) -> str:
     error, limit = number(worst["scaled_err"]), number(worst["band"]["limit"])
     where = f" at {worst['name']}" if len(outputs) > 1 else ""
     return f"scaled error {_error(error)}{where}, limit {_error(limit)}, over {samples} samples"
+
+
+def _boxes_clause(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    boxes = found["boxes"]
+    return f"{boxes['matched']} of {max(boxes['expected'], boxes['found'])} boxes match"
 
 
 def _latency_clause(result: Mapping[str, Any] | None) -> str:
@@ -108,19 +119,45 @@ def _latencies(report: Mapping[str, Any], arrays: Arrays) -> tuple[dict[str, Any
     return times, {name: np.asarray(arrays[f"latency/{name}/start_s"]) for name in names}
 
 
+def _detections(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per backend for the table of a detector's boxes, with the limit of its gate."""
+    limits = {gate["backend"]: gate for gate in report["gates"] if gate["name"] == "matched"}
+    return [
+        {**backend["detections"], "backend": backend["name"], "gate": limits.get(backend["name"])}
+        for backend in report["backends"]
+        if "detections" in backend
+    ]
+
+
 def _worst(report: Mapping[str, Any], arrays: Arrays) -> list[dict[str, Any]]:
-    """Return the worst sample of every tested backend: its picture where it is an image, and both top-5 lists."""
+    """Return the worst sample of every tested backend: its picture, and both top-5 lists where there are classes."""
     found = []
     for backend in report["backends"]:
         if backend["verdict"] == "reference" or not backend["outputs"]:
             continue
-        output = backend["outputs"][0]
-        image = None
+        output, image = backend["outputs"][0], None
+        above = _from_above(report, arrays, backend["name"]) if "detections" in backend else None
         for spec in report["inputs"]:
             values = arrays.get(f"worst/{backend['name']}/{spec['name']}")
             image = image or (None if values is None else charts.picture(values, spec.get("preprocess")))
-        found.append({"backend": backend["name"], "output": output, "image": image})
+        detections = backend.get("detections")
+        found.append(
+            {"backend": backend["name"], "output": output, "detections": detections, "image": image, "above": above}
+        )
     return found
+
+
+def _from_above(report: Mapping[str, Any], arrays: Arrays, name: str) -> str | None:
+    """Return the picture of the worst cloud with the boxes of PyTorch and of the backend `name`."""
+    spec = next(spec for spec in report["inputs"] if "cloud" in spec)
+    keys = [f"worst/{name}/{spec['name']}", f"worst/{name}/{spec['cloud']['count']}"]
+    keys += [f"boxes/{name}/expected", f"boxes/{name}/found"]
+    if any(key not in arrays for key in keys):
+        return None
+    points, count, expected, found = (np.asarray(arrays[key]) for key in keys)
+    space = spec["cloud"]["space"]
+    low, size, grid = (np.array(space[key][:2], float) for key in ("low", "size", "grid"))
+    return charts.birds_eye(points[: int(count[0])], expected, found, name, low, low + size * grid)
 
 
 def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:

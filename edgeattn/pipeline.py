@@ -13,7 +13,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from edgeattn.acceptance import MATCHED, accept
+from edgeattn.acceptance import accept
+from edgeattn.accuracy import MATCHED
 from edgeattn.bundle import Bundle, check_output, writing
 from edgeattn.capacity import Capacities, profile
 from edgeattn.compilation import Compilation, write_files, write_records
@@ -78,7 +79,7 @@ def export_model(
         check_output(final, force)  # before a download or minutes of work
     capacities = Capacities(max_points, tuple(max_voxels), tuple(max_sets))
     if profile_from is not None:
-        capacities = capacities.over(profile(MODELS.get(model), profile_from, progress))
+        capacities = profile(MODELS.get(model), profile_from, progress, capacities)
     source = resolve(
         model,
         weights=weights,

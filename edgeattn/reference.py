@@ -65,6 +65,11 @@ class Original:
         values = list(found.values()) if isinstance(found, Mapping) else values
         return {spec.name: self._array(value) for spec, value in zip(self._bundle.outputs, values, strict=True)}
 
+    @property
+    def module(self) -> Any:
+        """Return the PyTorch module, to watch its parts."""
+        return self._module
+
     def at(self, precision: str) -> Original:
         """Return a copy that computes in `precision` ("fp16", "bf16")."""
         dtype = _HALF[precision]

@@ -54,8 +54,12 @@ def show(report: Mapping[str, Any]) -> str:
         return _outline(report)
     rows = _TABLES[verb](report)
     lines = [table(rows)] if len(rows) > 1 else []
+    stages = stage_rows(report)
+    lines += [table(stages)] if stages else []
+    lines += [f"boxes: {text}" for text in detection_lines(report)]
     lines += [f"skipped: {entry['backend']}: {entry['reason']}" for entry in report["skipped"]]
     lines += [f"warning: {text}" for text in report["warnings"]]
+    lines += [blame_line(report)] if report["blame"] else []
     lines += records.reasons(report)[:_LINES_ON_FAILURE]
     path = getattr(report, "path", None)
     place = f"report: {path}{_GAP}" if path else ""
@@ -172,7 +176,8 @@ def _validate_rows(report: Mapping[str, Any]) -> list[list[str]]:
     tail = "p99" if any(result["p99_ms"] is not None for result in results.values()) else "p95"
     scope = next((result["scope"] for result in report["results"]), "e2e")
     timing = [f"p50 {scope}", f"{tail} {scope}", "vs torch"] if results else []
-    rows = [["backend", "outputs", "scaled err (band)", "cosine", "top-1", "NaN", *timing, "verdict"]]
+    agreement = "boxes" if any("detections" in backend for backend in report["backends"]) else "top-1"
+    rows = [["backend", "outputs", "scaled err (band)", "cosine", agreement, "NaN", *timing, "verdict"]]
     compared = {backend["name"]: backend for backend in report["backends"]}
     tested = [name for name, backend in compared.items() if backend["verdict"] != "reference"]
     for name in sorted(dict.fromkeys([*compared, *results]), key=tested.__contains__):
@@ -190,7 +195,7 @@ def _validate_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _accuracy_cells(backend: Mapping[str, Any] | None) -> list[str]:
-    """Return outputs, error with band, cosine, top-1 and NaN of the output that is worst against its band."""
+    """Return outputs, error with band, cosine, top-1 (or boxes) and NaN of the output worst against its band."""
     outputs = backend["outputs"] if backend else []
     if not outputs:
         reference = backend is None or backend["verdict"] == "reference"
@@ -202,9 +207,69 @@ def _accuracy_cells(backend: Mapping[str, Any] | None) -> list[str]:
     classified = [output for output in outputs if output["top1"] is not None]
     least = min(classified, key=lambda output: number(output["top1"]), default=None)
     agreed = "-" if least is None else f"{round(least['top1'] * least['rows'])}/{least['rows']}"
+    if backend and "detections" in backend:
+        boxes = backend["detections"]["boxes"]
+        agreed = f"{boxes['matched']}/{max(boxes['expected'], boxes['found'])}"
     strange = sum(output["nan"] + output["inf"] for output in outputs)
     error = f"{_error(worst['scaled_err'])} ({band})"
     return [str(len(outputs)), error, f"{number(worst['cosine']):.6f}", agreed, str(strange)]
+
+
+def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return a detector's stages as a table: the worst error of each stage and its time, per backend."""
+    compared = [backend for backend in report["backends"] if any("band" in entry for entry in backend["modules"])]
+    timed = [result for result in report["results"] if "stages" in result]
+    errors = {backend["name"]: _stage_errors(backend["modules"]) for backend in compared}
+    times = {result["backend"]: {part["name"]: part["p50_ms"] for part in result["stages"]} for result in timed}
+    names = list(dict.fromkeys(name for cells in (*errors.values(), *times.values()) for name in cells))
+    if not names:
+        return []
+    # Decoding is timed and not compared, so times know all stages in order.
+    names = list(next(iter(times.values()), names))
+    rows = [["stage", *(f"{name} scaled err (band)" for name in errors), *(f"{name} p50" for name in times)]]
+    for name in names:
+        cells = [found.get(name, "-") for found in errors.values()]
+        rows.append([name, *cells, *(milliseconds(found.get(name)) for found in times.values())])
+    if times:
+        rows.append(["whole", *("-" for _ in errors), *(milliseconds(result["p50_ms"]) for result in timed)])
+    return rows
+
+
+def detection_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return one sentence per tested backend about the boxes of a detector."""
+    lines = []
+    for backend in report["backends"]:
+        found = backend.get("detections")
+        if found is not None and backend["role"] == "candidate":
+            boxes, close = found["boxes"], _error(found["score_difference"])
+            counts = f"{backend['name']} finds {boxes['found']}, PyTorch {boxes['expected']}"
+            matched = f"{boxes['matched']} match at IoU {found['iou']} ({_percent(found['matched'])})"
+            lines.append(f"{counts}; {matched}, scores within {close}; candidates {_percent(found['candidates'])}")
+    return lines
+
+
+def blame_line(report: Mapping[str, Any]) -> str:
+    """Return at which stage a detector first differs from PyTorch."""
+    blame = report["blame"]
+    return f"{blame['backend']}: the first stage that differs is {blame['module']} ({blame['value']})"
+
+
+def _stage_errors(modules: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the error, with its band, of the value of each stage that is worst against it."""
+    worst: dict[str, Mapping[str, Any]] = {}
+    for entry in modules:
+        worst[entry["stage"]] = max(worst.get(entry["stage"], entry), entry, key=_against_band)
+    return {name: _stage_cell(entry) for name, entry in worst.items()}
+
+
+def _stage_cell(entry: Mapping[str, Any]) -> str:
+    if entry["integer"]:
+        return f"{_error(entry['scaled_err'])} (exact)" if number(entry["scaled_err"]) else "exact"
+    return f"{_error(entry['scaled_err'])} ({number(entry['band']['limit']):.1e})"
+
+
+def _against_band(entry: Mapping[str, Any]) -> float:
+    return number(entry["scaled_err"]) / (number(entry["band"]["limit"]) or 1e-30)
 
 
 def _bench_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -266,6 +331,10 @@ def _pairs(old: Sequence[Any], new: Sequence[Any], key: str) -> list[tuple[str, 
     """Return the entries that both have, matched by name, in the order of the new ones."""
     before = {entry[key]: entry for entry in old}
     return [(entry[key], before[entry[key]], entry) for entry in new if entry[key] in before]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _factor(change: Mapping[str, Any]) -> float | None:

@@ -64,8 +64,13 @@ class _Rounding(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         if self._paused:
             return found
+        if func._schema.is_mutable:  # type: ignore[attr-defined]
+            return tree_map_only(Tensor, self._round_in_place, found)
         shared = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
         return tree_map_only(Tensor, lambda value: self._rounded(value, shared), found)
+
+    def _round_in_place(self, value: Tensor) -> Tensor:
+        return value.copy_(value.to(self._dtype)) if value.dtype == torch.float32 else value
 
     def _rounded(self, value: Tensor, shared: set[int]) -> Tensor:
         if value.dtype != torch.float32 or value.untyped_storage().data_ptr() in shared:

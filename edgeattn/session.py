@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +61,7 @@ class Session:
         Inputs are positional or one mapping by name. dtype and shape are checked before any work: EA0130 to EA0134.
         A detector also takes one point cloud and returns `Detections`: see `detect`.
         """
-        if self._detector is not None and len(arguments) == 1 and not isinstance(arguments[0], Mapping):
-            return self.detect(arguments[0])
-        return self._run(self._checked(arguments))
+        return self._work(arguments)()
 
     def detect(self, points: Any, *, strict_capacity: bool = False) -> Detections:
         """Return the boxes in a cloud: an array [n, columns] (numpy, torch, DLPack; any n), or the path of a file.
@@ -70,27 +69,21 @@ class Session:
         What does not fit the capacities of the graph is lost and said in `warnings`; with `strict_capacity` it is an
         error, EA0148. Raises EA0146 and EA0147 for a cloud that is none, EA0143 for a model that takes no clouds.
         """
-        spec = cloud_input(self.inputs)
-        if self._detector is None or spec is None:
-            raise UsageError("EA0143", f"{self.info.bundle}: this model takes no point cloud")
-        cloud = load_cloud(points, spec.shape()[1]) if isinstance(points, (str, Path)) else points
-        array = to_numpy(spec.name, cloud) if kind_of(cloud) in ("torch", "dlpack") else cloud
-        feeds, count = pack(array, spec)
-        self._alive()
-        found = self._run([feeds[each.name] for each in self.inputs])
-        detections = detect(dict(found.items()), self._detector, spec, count)
-        return refuse_losses(detections) if strict_capacity else detections
+        detections = self._detect(*self._packed(points))
+        if not strict_capacity:
+            return detections
+        return refuse_losses(detections, str(points) if isinstance(points, (str, Path)) else "the cloud")
 
     def submit(self, *arguments: Any) -> Future[Any]:
         """Run in the background, one after the other, and return a future.
 
         Checks happen now; leave the arrays alone until the future is done.
         """
-        arrays = self._checked(arguments)
+        work = self._work(arguments)
         with self._lock:
             if self._queue is None:
                 self._queue = ThreadPoolExecutor(1, thread_name_prefix="edgeattn")
-            return self._queue.submit(self._run, arrays)
+            return self._queue.submit(work)
 
     def bind(self, outputs: Mapping[str, Any] | None = None) -> None:
         """Write results into these buffers from now on, and return them; None ends it. Raises EA0130, EA0132."""
@@ -163,6 +156,29 @@ class Session:
         if self._runner is None:
             raise UsageError("EA0136", f"{self.info.bundle}: this session is closed")
         return self._runner
+
+    def _work(self, arguments: tuple[Any, ...]) -> Callable[[], Any]:
+        """Return what is left to do once the arguments are checked: one run, or the detection in one cloud."""
+        if self._detector is not None and len(arguments) == 1 and not isinstance(arguments[0], Mapping):
+            return functools.partial(self._detect, *self._packed(arguments[0]))
+        return functools.partial(self._run, self._checked(arguments))
+
+    def _packed(self, points: Any) -> tuple[list[Any], int]:
+        """Return the inputs for a cloud, and how many points it has."""
+        spec = cloud_input(self.inputs)
+        if self._detector is None or spec is None:
+            raise UsageError("EA0143", f"{self.info.bundle}: this model takes no point cloud")
+        cloud = load_cloud(points, spec.shape()[1]) if isinstance(points, (str, Path)) else points
+        array = to_numpy(spec.name, cloud) if kind_of(cloud) in ("torch", "dlpack") else cloud
+        feeds, count = pack(array, spec)
+        self._alive()
+        return [feeds[each.name] for each in self.inputs], count
+
+    def _detect(self, arrays: list[Any], count: int) -> Detections:
+        spec = cloud_input(self.inputs)
+        assert self._detector is not None
+        assert spec is not None
+        return detect(dict(self._run(arrays).items()), self._detector, spec, count)
 
     def _checked(self, arguments: tuple[Any, ...]) -> list[Any]:
         self._alive()

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeattn import contenders
-from edgeattn.accuracy import Band, Comparison, band
+from edgeattn.accuracy import EXACT, Band, Comparison, band, least_share
 from edgeattn.bundle import Bundle
 from edgeattn.contenders import ORIGINAL, Contender
 from edgeattn.data import open_data
+from edgeattn.detection import cloud_input
 from edgeattn.errors import MissingError, UsageError
+from edgeattn.gates import SHARES
 from edgeattn.latency import Measurement, Timing, measure, stability, summarise
+from edgeattn.matching import Matching
 from edgeattn.progress import Progress
 from edgeattn.reference import Feeds, Original, Results, Sample, golden
+
+if TYPE_CHECKING:
+    from edgeattn.stages import Stages
 
 COMPILED = "torch.compile"
 _WARMUP_LIMIT = 10.0
 _TORCH_HALF = {"fp16": "torch16", "bf16": "torch-bf16"}
 # The inputs of the worst sample are kept for the picture in the report, up to this size.
 _KEPT_BYTES = 16 << 20
+# A detector takes seconds: beside the golden clouds, one more of each density.
+_SEEDED_CLOUDS = 3
+_WARNED_CLOUDS = 3
 
 
 @dataclass
@@ -36,6 +46,7 @@ class Stream:
     description: str
     count: int
     samples: Callable[[], Iterator[Sample]]
+    lost: Mapping[str, str] = field(default_factory=dict)
 
     def first(self) -> Sample:
         """Return the first sample. Raises EA0140 when there is none."""
@@ -59,6 +70,8 @@ class Trial:
     samples: int = 0
     warnings: list[str] = field(default_factory=list)
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    matchings: dict[str, Matching] = field(default_factory=dict)
+    stages: Stages | None = None
 
     @property
     def candidates(self) -> list[Contender]:
@@ -74,6 +87,7 @@ class Trial:
                 self.warnings.append(self.reference_note)
             elif ORIGINAL not in names:
                 self.contenders.append(entry)
+            self.stages = self._open_stages()
             self.contenders += contenders.candidates(self.bundle, names, self.threads, feeds)
             stage.result = ", ".join(item.name for item in self.contenders if item.run is not None)
 
@@ -81,11 +95,13 @@ class Trial:
         """Run every sample through the original, the original at the bundle's precision, and every candidate."""
         self._add_precision()
         compared = [item for item in self.contenders if item.role != "reference"]
-        why = self.reference_note
+        why, cloud = self.reference_note, cloud_input(self.bundle.inputs)
         for contender in compared:
             dtype = None if contender.role == "candidate" else "float32"
-            contender.outputs = [_comparison(spec, dtype) for spec in self.bundle.outputs]
-        with self.progress.stage("accuracy", stream.description) as stage:
+            contender.outputs = [_comparison(spec, dtype, self.bundle.detector is None) for spec in self.bundle.outputs]
+            if self.bundle.detector is not None and cloud is not None:
+                self.matchings[contender.name] = Matching(self.bundle.detector, cloud)
+        with self.progress.stage("accuracy", stream.description) as stage, self._watched():
             for sample in stream.samples():
                 expected = self.original(sample.feeds) if self.original else sample.recorded
                 if expected is None:
@@ -96,21 +112,34 @@ class Trial:
                 stage.fraction = self.samples / max(1, stream.count)
             stage.result = f"{self.samples} samples"
         self._check_precision()
+        self._check_detector(stream)
         for contender in compared:
             for comparison in contender.outputs:
                 self.arrays[f"error/{contender.name}/{comparison.name}"] = np.array(comparison.errors)
 
     def bands(self) -> list[Band]:
         """Return the band of every output; integer outputs must be equal."""
-        own = next((item for item in self.contenders if item.role == "precision" and item.failure is None), None)
-        found = []
-        for index, spec in enumerate(self.bundle.outputs):
-            if not spec.dtype.startswith("float"):
-                found.append(Band(0.0, "integers are exact"))
-                continue
-            error = own.outputs[index].metrics()["scaled_err"] if own else None
-            found.append(band(self.bundle.precision, error if error is not None and math.isfinite(error) else None))
-        return found
+        own = [each.metrics()["scaled_err"] for each in self._own.outputs] if self._own else None
+        return [
+            self._band(own[index] if own else None, not spec.dtype.startswith("float"))
+            for index, spec in enumerate(self.bundle.outputs)
+        ]
+
+    def shares(self) -> dict[str, Band]:
+        """Return the least shares of boxes that a detector must find, by gate."""
+        own = self.matchings[self._own.name].figures() if self._own else {}
+        return {gate: least_share(self.bundle.precision, own.get(gate)) for gate in SHARES}
+
+    def modules(self, contender: Contender) -> list[dict[str, Any]]:
+        """Return the errors of the stages of a detector; those of a candidate have a band."""
+        if self.stages is None:
+            return []
+        found = self.stages.modules(contender.name)
+        if contender.role != "candidate":
+            return found
+        own = self.stages.modules(self._own.name) if self._own else []
+        half = {entry["name"]: entry["scaled_err"] for entry in own}
+        return [{**entry, "band": asdict(self._band(half.get(entry["name"]), entry["integer"]))} for entry in found]
 
     def time(self, feeds: Feeds, names: Sequence[str], *, duration: float, fewest: int, compile: bool) -> None:
         """Measure the original and the candidates called `names`, in alternating rounds, on one input."""
@@ -130,8 +159,19 @@ class Trial:
             stage.what = ", ".join(runners)
             rounds = len(next(iter(self.measurement.timings.values())).rounds)
             stage.result = f"{rounds} alternating rounds"
+        parts = self._time_stages(feeds, list(runners), duration)
         for timing in self.measurement.timings.values():
-            self._record(timing, feeds)
+            self._record(timing, feeds, parts.get(timing.name))
+
+    def _band(self, own: float | None, integer: bool) -> Band:
+        if integer:
+            return EXACT
+        return band(self.bundle.precision, own if own is not None and math.isfinite(own) else None)
+
+    @property
+    def _own(self) -> Contender | None:
+        """Return PyTorch at the precision of the bundle, where it could be measured."""
+        return next((item for item in self.contenders if item.role == "precision" and item.failure is None), None)
 
     def _is_timed(self, contender: Contender, names: Sequence[str]) -> bool:
         if contender.run is None or contender.role == "precision":
@@ -153,18 +193,63 @@ class Trial:
         elif own is None and self.bundle.precision in _TORCH_HALF:
             self.warnings.append(f"without PyTorch the band is the floor of {self.bundle.precision}")
 
+    def _open_stages(self) -> Stages | None:
+        """Return the stages of a detector, to be compared with those of the original."""
+        if self.original is None or self.bundle.detector is None:
+            return None
+        try:
+            from edgeattn.stages import Stages
+        except ModuleNotFoundError as error:
+            self.warnings.append(f"the stages are not compared: {error.name} is not installed")
+            return None
+        return Stages(self.bundle, self.original, self.threads)
+
+    def _watched(self) -> AbstractContextManager[None]:
+        """Watch the stages of a detector in PyTorch."""
+        half = self._own.run if self._own else None
+        assert half is None or isinstance(half, Original)
+        return self.stages.hooked(half) if self.stages else nullcontext()
+
+    def _check_detector(self, stream: Stream) -> None:
+        """Say which clouds did not fit, and what of the stages could not be compared."""
+        points = {name: (text,) for name, text in stream.lost.items()}
+        others = {name: texts for each in self.matchings.values() for name, texts in each.losses.items()}
+        lost = {name: (*points.get(name, ()), *others.get(name, ())) for name in {**points, **others}}
+        told = [f"{name} does not fit: {'; '.join(texts)}" for name, texts in lost.items()]
+        more = len(told) - _WARNED_CLOUDS
+        self.warnings += [*told[:_WARNED_CLOUDS], *([f"{more} more clouds do not fit"] if more > 0 else [])]
+        if self.stages is not None and self.samples:
+            self.stages.check({spec.name: limit for spec, limit in zip(self.bundle.outputs, self.bands(), strict=True)})
+            self.warnings += self.stages.warnings
+
     def _add(self, contender: Contender, sample: Sample, expected: Results) -> None:
         found = contender.attempt(sample.feeds, sample.name)
         if found is None:
             return
+        if self.stages is not None:
+            self.stages.add(contender, sample, found)
+        matching = self.matchings.get(contender.name)
+        both: tuple[Feeds, Feeds] = expected, found
+        if matching is not None:
+            both = matching.update(sample.name, sample.feeds, expected, found)
         for comparison in contender.outputs:
-            worst = comparison.update(sample.name, expected[comparison.name], found[comparison.name])
+            worst = comparison.update(sample.name, *(side[comparison.name] for side in both))
+            worst = matching.is_worst if matching else worst
             if worst and comparison is contender.outputs[0]:
                 self._keep(contender.name, sample.feeds)
 
     def _keep(self, name: str, feeds: Feeds) -> None:
         if sum(array.nbytes for array in feeds.values()) <= _KEPT_BYTES:
             self.arrays.update({f"worst/{name}/{key}": array for key, array in feeds.items()})
+        if name in self.matchings:
+            expected, found = self.matchings[name].boxes
+            self.arrays.update({f"boxes/{name}/expected": expected, f"boxes/{name}/found": found})
+
+    def _time_stages(self, feeds: Feeds, names: Sequence[str], duration: float) -> dict[str, list[dict[str, Any]]]:
+        if self.stages is None:
+            return {}
+        with self.progress.stage("latency", "by stage"):
+            return self.stages.time(feeds, names, duration)
 
     def _add_compiled(self, feeds: Feeds) -> None:
         assert self.original is not None
@@ -172,7 +257,7 @@ class Trial:
             compiled = self.original.compiled(feeds)
         self.contenders.append(Contender(COMPILED, "fp32", "reference", compiled))
 
-    def _record(self, timing: Timing, feeds: Feeds) -> None:
+    def _record(self, timing: Timing, feeds: Feeds, parts: list[dict[str, Any]] | None) -> None:
         assert self.measurement is not None
         baseline = self.measurement.timings.get(ORIGINAL)
         contender = next(item for item in self.contenders if item.name == timing.name)
@@ -182,13 +267,14 @@ class Trial:
                 "precision": contender.precision,
                 "scope": "e2e",
                 "graph": False,
-                "batch": int(next(iter(feeds.values())).shape[0]),
+                "batch": 1 if self.bundle.detector else int(next(iter(feeds.values())).shape[0]),
                 **summarise(timing, baseline),
                 **stability(timing, self.measurement.before, self.measurement.after),
                 "load_s": contender.load_s,
                 "memory_mib": contender.memory_mib,
                 "energy_mj": None,
                 "energy_rail": None,
+                **({"stages": parts} if parts else {}),
             }
         )
         self.arrays[f"latency/{timing.name}/ms"] = timing.samples
@@ -196,11 +282,12 @@ class Trial:
 
 
 def open_stream(bundle: Bundle, data: str | Path | None, samples: int | None) -> Stream:
-    """Return the samples to validate with: `data`, or the golden inputs of the bundle and eight seeded ones."""
+    """Return the samples to validate with: `data`, or the golden inputs of the bundle and seeded ones."""
     if data is not None:
         found = open_data(data, bundle.inputs, samples=samples)
-        return Stream(found.description, len(found), lambda: (Sample(name, feeds) for name, feeds in found))
-    kept, made = recorded_stream(bundle), open_data(None, bundle.inputs)
+        return Stream(found.description, len(found), lambda: (Sample(name, feeds) for name, feeds in found), found.lost)
+    kept = recorded_stream(bundle)
+    made = open_data(None, bundle.inputs, samples=_SEEDED_CLOUDS if bundle.detector else None)
     seeded = Stream(made.description, len(made), lambda: (Sample(name, feeds) for name, feeds in made))
     both = Stream(
         f"{kept.description}, {seeded.description}",
@@ -225,9 +312,10 @@ def _capped(stream: Stream, samples: int) -> Stream:
     return Stream(text, samples, lambda: itertools.islice(stream.samples(), samples))
 
 
-def _comparison(spec: Any, dtype: str | None) -> Comparison:
+def _comparison(spec: Any, dtype: str | None, classify: bool) -> Comparison:
     floating = spec.dtype.startswith("float")
-    return Comparison(spec.name, dtype if dtype and floating else spec.dtype, classify=floating and len(spec.dims) == 2)
+    classify = classify and floating and len(spec.dims) == 2
+    return Comparison(spec.name, dtype if dtype and floating else spec.dtype, classify=classify)
 
 
 def _bound(contender: Contender, feeds: Feeds) -> Callable[[], object]:

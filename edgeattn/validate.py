@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from edgeattn import __version__, conditions
-from edgeattn.accuracy import Band
 from edgeattn.bundle import Bundle
 from edgeattn.contenders import Contender
 from edgeattn.errors import MissingError, UnsupportedError, UsageError
-from edgeattn.gates import Gate, seconds
+from edgeattn.gates import SHARES, Gate, seconds
 from edgeattn.latency import FEWEST_ROUNDS
 from edgeattn.progress import Progress
 from edgeattn.records import Report, plain
 from edgeattn.report import Destination
 from edgeattn.trial import COMPILED, Stream, Trial, open_stream, recorded_stream
-from edgeattn.verdict import Promises, accuracy_gates, latency_gates, overall, settle
+from edgeattn.verdict import Promises, accuracy_gates, latency_gates, overall, settle, share_gates, stage_gates
 
 _BENCH_SAMPLES = 200
 _DURATION = 3.0
@@ -62,6 +61,7 @@ def validate(
     if latency is False and (promises.timed or compile):
         raise UsageError("EA0173", "--no-latency: --max, --vs, --require-stable and --compile need latency measured")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    _refuse_shares(promises, opened)
     options = {
         "--backend": backends, "--data": data, "--samples": samples, "--gate": gates, "--max": maximum, "--vs": versus,
         "--regress": regress, "--compile": compile, "--threads": threads, "--no-latency": latency is False,
@@ -74,7 +74,7 @@ def validate(
         trial.load(backends, stream.first().feeds)
         stream = stream if trial.original else _recorded_only(opened, data, trial)
         trial.compare(stream)
-        judged = {item.name: _judge(item, trial.bands(), promises) for item in trial.candidates}
+        judged = {item.name: _judge(item, trial, promises) for item in trial.candidates}
         if latency is not False:
             # A latency counts only for what computes the right thing.
             passed = [name for name, found in judged.items() if all(gate.passed for gate in found)]
@@ -173,7 +173,7 @@ def _body(trial: Trial, promises: Promises, judged: dict[str, list[Gate]], strea
             found += latency_gates(item.name, results.get(item.name), promises)
         settled[item.name] = settle(item, found, results.get(item.name), promises)
     verdict, code = overall(list(settled.values()))
-    bands = trial.bands() if trial.samples else []
+    backends = [_backend(item, trial, settled[item.name]) for item in trial.contenders if item.name != COMPILED]
     return {
         "verdict": verdict,
         "exit_code": code,
@@ -186,35 +186,62 @@ def _body(trial: Trial, promises: Promises, judged: dict[str, list[Gate]], strea
         "warnings": [*_seeded(trial.bundle), *trial.warnings, *_unstable(trial, settled)],
         "skipped": [{"backend": item.name, "reason": item.skipped} for item in trial.contenders if item.skipped],
         "gates": [gate.as_dict() for found in judged.values() for gate in found],
-        "backends": [_backend(item, bands, settled[item.name]) for item in trial.contenders if item.name != COMPILED],
+        "backends": backends,
         "results": trial.results,
-        "blame": None,
+        "blame": _blame(backends),
     }
 
 
-def _backend(item: Contender, bands: Sequence[Band], settled: Mapping[str, Any]) -> dict[str, Any]:
+def _backend(item: Contender, trial: Trial, settled: Mapping[str, Any]) -> dict[str, Any]:
     metrics = [comparison.metrics() for comparison in item.outputs] if item.failure is None else []
-    if item.role == "candidate":
-        metrics = [{**output, "band": asdict(limit)} for output, limit in zip(metrics, bands, strict=False)]
-    return {
+    if item.role == "candidate" and metrics:
+        metrics = [{**output, "band": asdict(limit)} for output, limit in zip(metrics, trial.bands(), strict=True)]
+    modules = trial.modules(item) if item.failure is None else []
+    entry = {
         "name": item.name,
         "precision": item.precision,
         "role": item.role,
         **settled,
         "outputs": metrics,
-        "modules": [],
+        "modules": modules,
     }
+    matching = trial.matchings.get(item.name)
+    if matching and matching.samples and item.failure is None:
+        entry["detections"] = matching.figures()
+    if trial.stages and modules and item.role == "candidate":
+        entry["cut_err"] = trial.stages.cut_error
+    return entry
 
 
-def _judge(item: Contender, bands: Sequence[Band], promises: Promises) -> list[Gate]:
+def _blame(backends: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the first stage of a failed candidate whose error is beyond its band."""
+    for backend in backends:
+        for module in backend["modules"] if backend["verdict"] == "fail" else ():
+            if not module["scaled_err"] <= module["band"]["limit"]:
+                return {"backend": backend["name"], "module": module["stage"], "value": module["name"]}
+    return None
+
+
+def _judge(item: Contender, trial: Trial, promises: Promises) -> list[Gate]:
     if item.failure is not None or item.skipped:
         return []
-    return accuracy_gates(item.name, [comparison.metrics() for comparison in item.outputs], bands, promises)
+    judged = stage_gates(item.name, trial.modules(item), promises)
+    judged += accuracy_gates(item.name, [output.metrics() for output in item.outputs], trial.bands(), promises)
+    matching = trial.matchings.get(item.name)
+    return judged + (share_gates(item.name, matching.figures(), trial.shares(), promises) if matching else [])
+
+
+def _refuse_shares(promises: Promises, bundle: Bundle) -> None:
+    given = [name for name in SHARES if name in promises.accuracy]
+    if given and bundle.detector is None:
+        raise UsageError("EA0170", f"--gate {given[0]}: {bundle.name} finds no boxes")
 
 
 def _seeded(bundle: Bundle) -> list[str]:
-    seeded = bundle.manifest["model"].get("weights_sha256") == "seeded"
-    return ["seeded weights, NOT trained ones: numbers can be checked, classes mean nothing"] if seeded else []
+    if bundle.manifest["model"].get("weights_sha256") != "seeded":
+        return []
+    what = "boxes" if bundle.detector else "classes"
+    return [f"seeded weights, NOT trained ones: numbers can be checked, {what} mean nothing"]
 
 
 def _unstable(trial: Trial, settled: Mapping[str, Mapping[str, Any]]) -> list[str]:

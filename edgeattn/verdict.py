@@ -79,10 +79,32 @@ def accuracy_gates(
         if output["reference_nonfinite"]:
             count, source = output["reference_nonfinite"], "the reference must be finite"
             judged.append(gates.at_most("reference nan", count, 0, source, name, output=output["name"]))
-        for gate in [name for name in explicit if name not in ("rel", "nan")]:
+        for gate in [name for name in explicit if name not in ("rel", "nan", *gates.SHARES)]:
             if gate != "top1" or output["top1"] is not None or not classified:
                 judged.append(gates.judge(gate, output, explicit[gate], _EXPLICIT, name))
     return judged + _less_accurate(name, metrics, promises)
+
+
+def share_gates(name: str, figures: Mapping[str, Any], limits: Mapping[str, Band], promises: Promises) -> list[Gate]:
+    """Judge how many boxes of PyTorch a detector finds: by `limits`, or by what the user gave."""
+    judged = []
+    for gate, limit in limits.items():
+        least = promises.accuracy.get(gate, limit.limit)
+        source = _source(gate, promises.accuracy, limit.source)
+        judged.append(gates.at_least(gate, figures[gate], least, source, name, output="boxes"))
+    return judged
+
+
+def stage_gates(name: str, modules: Sequence[Mapping[str, Any]], promises: Promises) -> list[Gate]:
+    """Judge what the stages of a detector give, first to last: indices are exact, whatever the user gave."""
+    judged = []
+    for entry in modules:
+        limit, source = entry["band"]["limit"], entry["band"]["source"]
+        if limit > 0:
+            limit, source = promises.accuracy.get("rel", limit), _source("rel", promises.accuracy, source)
+        source = entry["problems"][0] if entry["problems"] else source
+        judged.append(gates.at_most("rel", entry["scaled_err"], limit, source, name, output=entry["name"]))
+    return judged
 
 
 def latency_gates(name: str, result: Mapping[str, Any] | None, promises: Promises) -> list[Gate]:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgeattn.kernels._haar import filters, filters_text, group_of
+from edgeattn.kernels._triton import area, tl
 from edgeattn.op import Op
 
 op = Op("haar_dwt", "(x[b c h w]) -> (s[b 4*c cdiv(h,2) cdiv(w,2)])")
@@ -27,6 +28,34 @@ def body(dims, attributes, dtype):
         s = Conv<auto_pad = "SAME_UPPER", kernel_shape = [2, 2], strides = [2, 2],
             group = {dims["c"] // group}>(x, filters)
     """
+
+
+@op.kernel(
+    grid="cdiv(b*c, C)*cdiv(cdiv(h,2)*cdiv(w,2), BP)",
+    C=lambda dims: 512 // area(dims["h"], dims["w"], 4),
+    BP=lambda dims: area(dims["h"], dims["w"], 4),
+)
+def kernel(x, b, c, h, w, s, C: tl.constexpr, BP: tl.constexpr):
+    """One program takes BP places of the half-size map in C channels: it reads every 2 x 2 cell once."""
+    width = tl.cdiv(w, 2)
+    places = tl.cdiv(h, 2) * width
+    blocks = tl.cdiv(places, BP)
+    planes = (tl.program_id(0) // blocks).to(tl.int64) * C + tl.arange(0, C)[:, None]
+    place = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)[None, :]
+    row, column = 2 * (place // width), 2 * (place % width)
+    inside = (planes < b * c) & (place < places)
+    corner = x + planes * h * w + (row * w + column)
+    below, right = row + 1 < h, column + 1 < w  # odd sizes end in zeros
+    v00 = tl.load(corner, mask=inside, other=0.0).to(tl.float32)
+    v01 = tl.load(corner + 1, mask=inside & right, other=0.0).to(tl.float32)
+    v10 = tl.load(corner + w, mask=inside & below, other=0.0).to(tl.float32)
+    v11 = tl.load(corner + w + 1, mask=inside & below & right, other=0.0).to(tl.float32)
+    top, bottom, lean, tilt = v00 + v01, v10 + v11, v00 - v01, v10 - v11
+    band = s + planes * 4 * places + place
+    tl.store(band, (0.5 * (top + bottom)).to(s.dtype.element_ty), mask=inside)
+    tl.store(band + places, (0.5 * (top - bottom)).to(s.dtype.element_ty), mask=inside)
+    tl.store(band + 2 * places, (0.5 * (lean + tilt)).to(s.dtype.element_ty), mask=inside)
+    tl.store(band + 3 * places, (0.5 * (lean - tilt)).to(s.dtype.element_ty), mask=inside)
 
 
 op.cases = [

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgeattn.kernels._haar import filters, filters_text, group_of
+from edgeattn.kernels._triton import area, tl
 from edgeattn.op import Op
 
 op = Op("haar_idwt", "(s[b e p q], base[b c h w]) -> (out[b c h w])")  # e = 4 c, p = ceil(h / 2), q = ceil(w / 2)
@@ -36,6 +37,32 @@ def body(dims, attributes, dtype):
         {"" if static else crop}
         out = Add(base, restored)
     """
+
+
+@op.kernel(
+    grid="cdiv(b*c, C)*cdiv(h*w, BP)",
+    C=lambda dims: 1024 // area(dims["h"], dims["w"]),
+    BP=lambda dims: area(dims["h"], dims["w"]),
+)
+def kernel(s, base, b, c, h, w, out, C: tl.constexpr, BP: tl.constexpr):
+    """One program takes BP places of the full map in C channels; the four places of a cell share its bands in cache."""
+    width = tl.cdiv(w, 2)
+    places = tl.cdiv(h, 2) * width
+    blocks = tl.cdiv(h * w, BP)
+    planes = (tl.program_id(0) // blocks).to(tl.int64) * C + tl.arange(0, C)[:, None]
+    place = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)[None, :]
+    row, column = place // w, place % w
+    inside = (planes < b * c) & (place < h * w)
+    band = s + planes * 4 * places + ((row // 2) * width + column // 2)
+    total = tl.load(band, mask=inside, other=0.0).to(tl.float32)
+    vertical = tl.load(band + places, mask=inside, other=0.0).to(tl.float32)
+    horizontal = tl.load(band + 2 * places, mask=inside, other=0.0).to(tl.float32)
+    diagonal = tl.load(band + 3 * places, mask=inside, other=0.0).to(tl.float32)
+    down, along = (1 - 2 * (row % 2)).to(tl.float32), (1 - 2 * (column % 2)).to(tl.float32)
+    restored = 0.5 * (total + down * vertical + along * (horizontal + down * diagonal))
+    at = planes * h * w + place
+    value = tl.load(base + at, mask=inside, other=0.0).to(tl.float32) + restored
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 op.cases = [

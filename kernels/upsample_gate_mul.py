@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgeattn.kernels._triton import area, tl
 from edgeattn.op import Op, constant
 
 op = Op("upsample_gate_mul", "(x[b c h w], g[b c i j]) -> (out[b c h w])")
@@ -53,6 +54,24 @@ def _cells(h, w, i, j):
     rows = np.arange(h) * i // h == np.arange(i)[:, None]  # [i, h]
     columns = np.arange(w) * j // w == np.arange(j)[:, None]
     return np.kron(rows, columns).astype(float)
+
+
+@op.kernel(
+    grid="cdiv(b*c, C)*cdiv(h*w, BP)",
+    C=lambda dims: 1024 // area(dims["h"], dims["w"]),
+    BP=lambda dims: area(dims["h"], dims["w"]),
+)
+def kernel(x, g, b, c, h, w, i, j, out, C: tl.constexpr, BP: tl.constexpr):
+    """One program takes BP places of x in C channels, which share its divisions; the places of a cell share a gate."""
+    blocks = tl.cdiv(h * w, BP)
+    planes = (tl.program_id(0) // blocks).to(tl.int64) * C + tl.arange(0, C)[:, None]
+    place = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)[None, :]
+    cell = (place // w) * i // h * j + (place % w) * j // w
+    inside = (planes < b * c) & (place < h * w)
+    gate = tl.load(g + planes * i * j + cell, mask=inside, other=0.0).to(tl.float32)
+    at = planes * h * w + place
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / (1.0 + tl.exp(-gate))
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 op.cases = [

@@ -26,6 +26,7 @@ from edgeattn.models._transfusion import TransFusionHead
 from edgeattn.tensors import Dim, TensorSpec
 
 Triple = tuple[float, float, float]
+_FEWEST = 3  # of what has a range: the exporter wants two sizes
 _WAYMO = ("Vehicle", "Pedestrian", "Cyclist")
 _NUSCENES = (
     "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
@@ -198,6 +199,9 @@ class FixedDSVT(nn.Module):
 
 
 def _up_to(name: str, most: int) -> Dim:
+    """Return the dimension of a count from 2 (the exporter would take 1 for a constant). Raises EA0115."""
+    if most < _FEWEST:
+        raise UsageError("EA0115", f"--split blocks: room for {most} {name}, at least {_FEWEST} wanted")
     return Dim(name, 2, max(2, most // 2), most)
 
 

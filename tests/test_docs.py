@@ -65,7 +65,9 @@ def test_export_examples_are_understood(command, folder):
 
 
 def test_every_variant_and_file_named_in_the_readme_exists():
-    for prefix, rest in re.findall(r"`((?:ghostnetv2|emov2|shvit|mobilemamba|dsvt)_\w[\w.]*)`((?: `_\w[\w.]*`)*)", README):
+    for prefix, rest in re.findall(
+        r"`((?:ghostnetv2|emov2|shvit|mobilemamba|dsvt)_\w[\w.]*)`((?: `_\w[\w.]*`)*)", README
+    ):
         family = prefix.partition("_")[0]
         for name in [prefix, *(family + suffix for suffix in re.findall(r"`(_\w[\w.]*)`", rest))]:
             assert name in MODELS, name

@@ -1,17 +1,18 @@
-"""Small detectors, one per form of the published ones, that export and run in seconds: for the tests of detectors.
+"""Small detectors, one per form of the published ones, that export and run in seconds."""
 
-A test module says `pytest_plugins = ["tiny"]` to have the fixture.
-"""
-
+import numpy as np
 import pytest
+import torch
 
 from edgeattn.model import MODELS, Capacity, Model
 from edgeattn.models._bev import CenterHead
 from edgeattn.models._dsvt_blocks import pillar_stages, voxel_stages
 from edgeattn.models._transfusion import TransFusionHead
 from edgeattn.models.dsvt import Config, entry
+from edgeattn.weights import seed_weights
 
 NAME = "dsvt_tiny"
+OUTPUTS = ("boxes", "scores", "labels", "counts")
 _LOW = (-6.4, -6.4)
 
 
@@ -55,27 +56,45 @@ def tiny_model(kind: str = "pillar") -> Model:
     return entry(tiny_config(kind))
 
 
-def _registered(kind: str):
-    model = tiny_model(kind)
-    MODELS.names()  # the catalogue is filled on first use
-    MODELS.add(model.name, model)
-    yield model.name
-    del MODELS._items[model.name]
+def tiny_cloud(count: int, seed: int = 0, reach: float = 6.6) -> np.ndarray:
+    """Return float32 points [count, 5] spread evenly over the grid, and a little beyond it."""
+    drawn = np.random.default_rng(seed).random((count, 5))
+    drawn[:, :3] = (2 * drawn[:, :3] - 1) * [reach, reach, 3.0] + [0.0, 0.0, 1.0]
+    return drawn.astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """Put the pillar detector into the catalogue for one test module, and yield its name."""
-    yield from _registered("pillar")
+def seeded(kind: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """Return the original with seeded weights."""
+    module = tiny_model(kind).build().eval()
+    seed_weights(module)
+    return module.to(dtype)
 
 
-@pytest.fixture(scope="module")
-def tiny_voxel():
-    """Put the detector with two stages into the catalogue for one test module, and yield its name."""
-    yield from _registered("voxel")
+def run(module, cloud, rows=None, rubbish=2.0) -> dict[str, np.ndarray]:
+    """Run one cloud, with rows of rubbish behind it up to `rows`."""
+    padded = np.full((rows or len(cloud), 5), rubbish, np.float32)
+    padded[: len(cloud)] = cloud
+    dtype = next(module.parameters()).dtype
+    with torch.no_grad():
+        found = module(torch.from_numpy(padded).to(dtype), torch.tensor([len(cloud)], dtype=torch.int32))
+    return dict(zip(OUTPUTS, (value.numpy() for value in found), strict=True))
 
 
-@pytest.fixture(scope="module")
-def tiny_crowded():
-    """Put the detector with the TransFusion head into the catalogue for one test module, and yield its name."""
-    yield from _registered("crowded")
+def registered(kind: str):
+    """Return a fixture that puts a detector into the catalogue for one test module, and yields its name.
+
+    Say `tiny = registered("pillar")` at the top of the module.
+    """
+
+    @pytest.fixture(scope="module")
+    def name():
+        model = tiny_model(kind)
+        MODELS.names()  # the catalogue is filled on first use
+        MODELS.add(model.name, model)
+        yield model.name
+        del MODELS._items[model.name]
+
+    return name
+
+
+tiny = registered("pillar")
