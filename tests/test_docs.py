@@ -75,7 +75,7 @@ def test_every_variant_and_file_named_in_the_readme_exists():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("place, name", [("table", "export"), ("dsvt", "dsvt"), ("dsvt_front", "dsvt_front")])
+@pytest.mark.parametrize(("place", "name"), [("table", "export"), ("dsvt", "dsvt"), ("dsvt_front", "dsvt_front")])
 def test_tables_are_the_recorded_ones(place, name):
     """The tables of measured results are the files that the benchmarks wrote."""
     shown = README.split(f"<!-- {place} -->")[1].split(f"<!-- /{place} -->")[0].strip()
