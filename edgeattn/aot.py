@@ -7,6 +7,7 @@ hidden scratch pointers are removed, and the result is assembled again as a chec
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from edgeattn.packages import require
 from edgeattn.target import Target
 
 _TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32"}
+_ITEM_SIZES = {"float": 4, "float16": 2, "bfloat16": 2}
 # What a plugin launches is one block grid with pointers and int32: nothing that needs memory or a cluster of its own.
 _FORBIDDEN = {
     "global_scratch_size": 0,
@@ -35,6 +37,9 @@ _FORBIDDEN = {
 _SHARED_LIMIT = 48 * 1024
 _ENTRY = re.compile(r"(\.visible \.entry \w+\()(.*?)(\n\))", re.DOTALL)
 _PARAMETER = re.compile(r"(\w+_param_\d+)")
+_THREADS = re.compile(r"(\.(?:req|max)ntid \d+[^\n]*)")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Pack:
     """A compiled kernel with everything a launcher needs; `arguments` lists pointers and int32 values in launch order.
 
     Grid and int32 values are expressions over the dims of the op; `block` is threads per block, `shared` bytes of
-    dynamic shared memory, `ptx_isa` the PTX version times ten.
+    dynamic shared memory, `ptx_isa` the PTX version times ten; `registers` are per thread, and `spills` the bytes that
+    each thread stores and loads because they were not enough.
     """
 
     op: str
@@ -58,6 +64,8 @@ class Pack:
     constants: dict[str, Any]
     block: int
     shared: int
+    registers: int
+    spills: int
     ptx: str
     cubin: bytes
 
@@ -82,13 +90,14 @@ def compile_kernel(op: Op, dims: Mapping[str, int], attributes: Mapping[str, Any
         raise UnsupportedError("EA0501", f"{op.name}: has no kernel; it runs as its body")
     kernel = op.triton
     triton = require("triton")
-    constants = resolve_constants(kernel, {**attributes, **dims})
+    constants = resolve_constants(kernel, {**attributes, **dims, "itemsize": _ITEM_SIZES[dtype]})
     names = list(triton.JITFunction(kernel.function).arg_names)
     compiled = _compile(triton, op, kernel, names, constants, dtype, target)
     _refuse_unlaunchable(op, compiled.metadata)
     arguments = tuple(name for name in names if name not in constants)
     pointers = {tensor.name for tensor in (*op.signature.inputs, *op.signature.outputs)}
     ptx = strip_hidden_parameters(compiled.asm["ptx"], len(arguments))
+    ptx, cubin, registers, spills = _assemble_without_spills(ptx, target.sm)
     digest = hashlib.sha256(f"{sorted(constants.items())} {dtype}".encode()).hexdigest()[:8]
     return Pack(
         op=op.name,
@@ -104,19 +113,41 @@ def compile_kernel(op: Op, dims: Mapping[str, int], attributes: Mapping[str, Any
         constants=constants,
         block=32 * compiled.metadata.num_warps,
         shared=compiled.metadata.shared,
+        registers=registers,
+        spills=spills,
         ptx=ptx,
-        cubin=assemble(ptx, target.sm),
+        cubin=cubin,
     )
 
 
 def resolve_constants(kernel: Kernel, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of every constant parameter: an attribute, a dim, a number or a function of the dims."""
+    """Return the value of every constant parameter: an attribute, a dim, a number or a function of the values.
+
+    Besides dims and attributes such a function finds `itemsize`, the bytes of the op's type T: 2 unless given.
+    """
+    values = {"itemsize": 2, **values}
     found: dict[str, Any] = {
         name: value(values) if callable(value) else value for name, value in kernel.constants.items()
     }
     for name in kernel.constant_names:
         found.setdefault(name, values.get(name))
     return found
+
+
+def work_of(op: Op, case: Mapping[str, Any], dtype: str) -> tuple[int, int]:
+    """Return the bytes one launch has to move, every input and output once, and the floating-point operations it needs.
+
+    Raises EA0501 for an op without a kernel.
+    """
+    if op.triton is None:
+        raise UnsupportedError("EA0501", f"{op.name}: has no kernel; it runs as its body")
+    own = _ITEM_SIZES[dtype]
+    values = {**case, **resolve_constants(op.triton, {**case, "itemsize": own})}
+    moved = 0
+    for tensor in (*op.signature.inputs, *op.signature.outputs):
+        size = own if tensor.dtype == "T" else 4
+        moved += size * math.prod(int(expr.evaluate(dim, values)) for dim in tensor.dims)
+    return moved, int(expr.evaluate(op.triton.flops or "0", values))
 
 
 def grid_of(text: str, values: Mapping[str, Any]) -> tuple[int, ...]:
@@ -143,8 +174,11 @@ def strip_hidden_parameters(ptx: str, count: int) -> str:
     return ptx[: match.start()] + match[1] + kept + match[3] + body
 
 
-def assemble(ptx: str, sm: int) -> bytes:
-    """Return the cubin of `ptx` for `sm` (times ten), from the assembler Triton carries or the one on PATH."""
+def assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
+    """Return the cubin of `ptx` for `sm` (times ten), its registers per thread and its bytes of spills.
+
+    The assembler is the one Triton carries or the one on PATH.
+    """
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
@@ -152,11 +186,26 @@ def assemble(ptx: str, sm: int) -> bytes:
         source.write_text(ptx)
         # The assembler of Triton 3.6 is older than sm_110; that of an installed CUDA 13 is not.
         for assembler in filter(None, (get_ptxas(sm).path, shutil.which("ptxas"))):
-            command = [assembler, f"-arch={_architecture(ptx, sm)}", str(source), "-o", str(result)]
+            command = [assembler, "-v", f"-arch={_architecture(ptx, sm)}", str(source), "-o", str(result)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
-                return result.read_bytes()
+                used = _REGISTERS.search(done.stderr)
+                spills = sum(int(count) for count in _SPILLS.findall(done.stderr))
+                return result.read_bytes(), int(used[1]) if used else 0, spills
         raise BuildError("EA0502", f"ptxas refuses the kernel: {done.stderr.strip().splitlines()[-1][:300]}")
+
+
+def _assemble_without_spills(ptx: str, sm: int) -> tuple[str, bytes, int, int]:
+    """Return `ptx` and what `assemble` gives, with every register allowed to a kernel that spills otherwise.
+
+    Left alone, ptxas spills a few bytes to fit more blocks on a multiprocessor.
+    """
+    cubin, registers, spills = assemble(ptx, sm)
+    if spills:
+        roomy = _THREADS.sub(r"\1\n.maxnreg 255", ptx, count=1)
+        cubin, registers, spills = assemble(roomy, sm)
+        return roomy, cubin, registers, spills
+    return ptx, cubin, registers, spills
 
 
 def _architecture(ptx: str, sm: int) -> str:
@@ -181,7 +230,12 @@ def _compile(
     # Engines align tensors to 256 bytes; 16 is what vector loads need.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in tensors}
     source = ASTSource(triton.JITFunction(kernel.function), types, constexprs=dict(constants), attrs=aligned)
-    options = {"num_warps": kernel.num_warps, "ptx_version": target.ptx, "enable_fp_fusion": True}
+    options = {
+        "num_warps": kernel.num_warps,
+        "num_stages": kernel.num_stages,
+        "ptx_version": target.ptx,
+        "enable_fp_fusion": True,
+    }
     try:
         # Line information names files of this machine, and is two thirds of a cubin.
         with triton.knobs.compilation.scope():

@@ -50,13 +50,16 @@ class Kernel:
 
     The function takes input pointers, int32 values, output pointers, then constants (`tl.constexpr`). An int32 value is
     the dim or integer attribute of that name; a constant is an entry of `constants` (a number, or a function of the
-    dims), else the attribute or dim of that name.
+    dims, attributes and `itemsize`), else the attribute or dim of that name. `flops` counts what the result needs,
+    a multiplication with its addition as two, as text over the same names as `grid`.
     """
 
     function: Callable[..., None]
     grid: str
     constants: Mapping[str, int | Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
     num_warps: int = 4
+    num_stages: int = 3
+    flops: str = ""
 
     @property
     def constant_names(self) -> list[str]:
@@ -82,11 +85,14 @@ class Op:
         # The body uses what TensorRT's parser refuses: engines need the plugin, and checks stop at the op's border.
         self.plugin_only = False
         self.ranges: Mapping[str, tuple[float, float]] = {}
+        # Cases as models have them, for benchmarks and the resources of kernels; the tests of values run `cases`.
+        self.shapes: Sequence[Mapping[str, Any]] = ()
         self.doc = ""
         self._reference: Callable[..., Any] | None = None
         self._fast: Callable[..., Any] | None = None
         self._body: Body | None = None
         self._sample: Sample | None = None
+        self._specified: Callable[..., torch.Tensor] | None = None
         self.torch_op: Any = None
         OPS.add(name, self)
 
@@ -116,13 +122,28 @@ class Op:
         self._sample = function
         return function
 
+    def specified(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Take `function(*inputs)`: which rows of the results are specified, [rows]; without it, all are."""
+        self._specified = function
+        return function
+
+    def specified_rows(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Return which rows of the results the op specifies for these inputs, or None when it is all of them."""
+        return None if self._specified is None else self._specified(*inputs)
+
     def kernel(
-        self, *, grid: str, num_warps: int = 4, **constants: int | Callable[[Mapping[str, Any]], int]
+        self,
+        *,
+        grid: str,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        flops: str = "",
+        **constants: int | Callable[[Mapping[str, Any]], int],
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Take the Triton kernel with its launch; see `Kernel`."""
 
         def take(function: Callable[..., None]) -> Callable[..., None]:
-            self.triton = Kernel(function, grid, constants, num_warps)
+            self.triton = Kernel(function, grid, constants, num_warps, num_stages, flops)
             return function
 
         return take

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from edgeattn.kernels._prefix import leading, numbers, rows_of, written
 from edgeattn.kernels._statements import Statements
+from edgeattn.kernels._triton import tl
 from edgeattn.kernels._voxels import sample_voxels
 from edgeattn.op import Op
 
@@ -17,8 +18,8 @@ op = Op(
 def reference(x: Tensor, coords: Tensor, num_voxels: Tensor, *, height: int, width: int) -> Tensor:
     """Put row v of x [n, c] at (y, x) of coords [n, (0, z, y, x)]; zeros elsewhere: [1, c, height, width].
 
-    The first num_voxels rows count, at most n - 1; the others are ignored, whatever they hold. No two of them share
-    (y, x). Source: PointPillars (CVPR 2019), section 2.1.
+    The first num_voxels rows count, at most n - 1; the others are ignored, whatever they hold. They are in the order of
+    (x, y), no two the same: a kernel searches them. Source: PointPillars (CVPR 2019), section 2.1.
     """
     count = int(num_voxels.clamp(0, len(x) - 1))
     _, _, row, column = coords[:count].long().unbind(1)
@@ -53,6 +54,29 @@ def body(dims, attributes, dtype):
 @op.sample
 def sample(dims, attributes, generator):
     return sample_voxels(dims["n"], [attributes["width"], attributes["height"], 1], generator)
+
+
+@op.kernel(grid="cdiv(height*width, BP)", BP=128, BC=32)
+def kernel(x, coords, num_voxels, n, c, height, width, out, BP: tl.constexpr, BC: tl.constexpr):
+    """One program takes BP cells of the map: it finds the row of each by bisection, and writes all their channels."""
+    cell = tl.program_id(0) * BP + tl.arange(0, BP)
+    inside = cell < height * width
+    wanted = (cell % width) * height + cell // width
+    count = tl.minimum(tl.load(num_voxels), n - 1)
+    row = tl.zeros([BP], tl.int32)
+    left = count  # rows that `row` may still be moved over
+    while left > 1:
+        half = left // 2
+        place = coords + 4 * (row + half)
+        row = tl.where(tl.load(place + 3) * height + tl.load(place + 2) <= wanted, row + half, row)
+        left -= half
+    place = coords + 4 * row
+    found = tl.load(place + 3) * height + tl.load(place + 2)
+    held = inside & (found == wanted) & (row < count)
+    for start in range(0, c, BC):
+        channel = start + tl.arange(0, BC)[:, None]
+        value = tl.load(x + row[None, :] * c + channel, mask=held[None, :] & (channel < c), other=0.0)
+        tl.store(out + channel * (height * width) + cell[None, :], value, mask=inside[None, :] & (channel < c))
 
 
 op.cases = [

@@ -32,6 +32,7 @@ def body(dims, attributes, dtype):
 
 @op.kernel(
     grid="cdiv(b*c, C)*cdiv(cdiv(h,2)*cdiv(w,2), BP)",
+    flops="12*b*c*cdiv(h,2)*cdiv(w,2)",
     C=lambda dims: 512 // area(dims["h"], dims["w"], 4),
     BP=lambda dims: area(dims["h"], dims["w"], 4),
 )
@@ -40,18 +41,19 @@ def kernel(x, b, c, h, w, s, C: tl.constexpr, BP: tl.constexpr):
     width = tl.cdiv(w, 2)
     places = tl.cdiv(h, 2) * width
     blocks = tl.cdiv(places, BP)
-    planes = (tl.program_id(0) // blocks).to(tl.int64) * C + tl.arange(0, C)[:, None]
-    place = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)[None, :]
+    lanes = tl.arange(0, C * BP)  # one axis: lanes lie along the places, whose divisions C channels share
+    plane = (tl.program_id(0) // blocks).to(tl.int64) * C + lanes // BP
+    place = (tl.program_id(0) % blocks) * BP + lanes % BP
     row, column = 2 * (place // width), 2 * (place % width)
-    inside = (planes < b * c) & (place < places)
-    corner = x + planes * h * w + (row * w + column)
+    inside = (plane < b * c) & (place < places)
+    corner = x + plane * h * w + (row * w + column)
     below, right = row + 1 < h, column + 1 < w  # odd sizes end in zeros
     v00 = tl.load(corner, mask=inside, other=0.0).to(tl.float32)
     v01 = tl.load(corner + 1, mask=inside & right, other=0.0).to(tl.float32)
     v10 = tl.load(corner + w, mask=inside & below, other=0.0).to(tl.float32)
     v11 = tl.load(corner + w + 1, mask=inside & below & right, other=0.0).to(tl.float32)
     top, bottom, lean, tilt = v00 + v01, v10 + v11, v00 - v01, v10 - v11
-    band = s + planes * 4 * places + place
+    band = s + plane * 4 * places + place
     tl.store(band, (0.5 * (top + bottom)).to(s.dtype.element_ty), mask=inside)
     tl.store(band + places, (0.5 * (top - bottom)).to(s.dtype.element_ty), mask=inside)
     tl.store(band + 2 * places, (0.5 * (lean + tilt)).to(s.dtype.element_ty), mask=inside)
@@ -63,4 +65,9 @@ op.cases = [
     dict(b=1, c=3, h=7, w=5),
     dict(b=2, c=5, h=3, w=8),
     dict(b=1, c=1, h=1, w=1),
+]
+# MobileMamba T2, S6 and B4.
+op.shapes = [
+    dict(b=1, c=channels, h=size, w=size)
+    for channels, size in ((224, 3), (160, 14), (272, 7), (272, 4), (160, 32), (256, 16), (272, 8))
 ]

@@ -41,6 +41,7 @@ def body(dims, attributes, dtype):
 
 @op.kernel(
     grid="cdiv(b*c, C)*cdiv(h*w, BP)",
+    flops="16*b*c*p*q",
     C=lambda dims: 1024 // area(dims["h"], dims["w"]),
     BP=lambda dims: area(dims["h"], dims["w"]),
 )
@@ -49,18 +50,19 @@ def kernel(s, base, b, c, h, w, out, C: tl.constexpr, BP: tl.constexpr):
     width = tl.cdiv(w, 2)
     places = tl.cdiv(h, 2) * width
     blocks = tl.cdiv(h * w, BP)
-    planes = (tl.program_id(0) // blocks).to(tl.int64) * C + tl.arange(0, C)[:, None]
-    place = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)[None, :]
+    lanes = tl.arange(0, C * BP)  # one axis: lanes lie along the places, whose divisions C channels share
+    plane = (tl.program_id(0) // blocks).to(tl.int64) * C + lanes // BP
+    place = (tl.program_id(0) % blocks) * BP + lanes % BP
     row, column = place // w, place % w
-    inside = (planes < b * c) & (place < h * w)
-    band = s + planes * 4 * places + ((row // 2) * width + column // 2)
+    inside = (plane < b * c) & (place < h * w)
+    band = s + plane * 4 * places + ((row // 2) * width + column // 2)
     total = tl.load(band, mask=inside, other=0.0).to(tl.float32)
     vertical = tl.load(band + places, mask=inside, other=0.0).to(tl.float32)
     horizontal = tl.load(band + 2 * places, mask=inside, other=0.0).to(tl.float32)
     diagonal = tl.load(band + 3 * places, mask=inside, other=0.0).to(tl.float32)
     down, along = (1 - 2 * (row % 2)).to(tl.float32), (1 - 2 * (column % 2)).to(tl.float32)
     restored = 0.5 * (total + down * vertical + along * (horizontal + down * diagonal))
-    at = planes * h * w + place
+    at = plane * h * w + place
     value = tl.load(base + at, mask=inside, other=0.0).to(tl.float32) + restored
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
@@ -70,4 +72,9 @@ op.cases = [
     dict(b=1, c=3, h=7, w=5, e=12, p=4, q=3),
     dict(b=2, c=5, h=3, w=8, e=20, p=2, q=4),
     dict(b=1, c=1, h=1, w=1, e=4, p=1, q=1),
+]
+# MobileMamba T2, S6 and B4.
+op.shapes = [
+    dict(b=1, c=channels, h=size, w=size, e=4 * channels, p=(size + 1) // 2, q=(size + 1) // 2)
+    for channels, size in ((224, 3), (160, 14), (272, 7), (272, 4), (160, 32), (256, 16), (272, 8))
 ]

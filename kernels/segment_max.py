@@ -1,4 +1,7 @@
-"""Segment maximum: the largest of the rows that point to each segment (point encoder of DSVT)."""
+"""Segment maximum: the largest of the rows that point to each segment (point encoder of DSVT).
+
+There is no kernel: points come in any order, so that without atomics every program would have to read every index.
+"""
 
 from torch import Tensor
 

@@ -1,4 +1,7 @@
-"""Segment mean: the average of the rows that point to each segment (point encoder of DSVT)."""
+"""Segment mean: the average of the rows that point to each segment (point encoder of DSVT).
+
+There is no kernel: points come in any order, so that without atomics every program would have to read every index.
+"""
 
 import torch
 from torch import Tensor

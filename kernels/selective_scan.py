@@ -114,16 +114,27 @@ def body(dims, attributes, dtype):
 
 
 def _tokens(dims):
-    """Return the tokens of a tile: all of them up to 1024. Any other length works too, in chunks of this many."""
+    """Return the tokens of a tile: all of them up to 1024. Any other length works too, in tiles of this many."""
     return min(block(dims["l"] or 1024), 1024)
+
+
+def _channels(dims):
+    """Return the channels of a tile: 512 elements together, four for each lane."""
+    return max(1, 512 // _tokens(dims))
+
+
+def _states(dims):
+    """Return the width of a table of the states of a channel."""
+    return block(dims["k"] * dims["s"], 1)
 
 
 @op.kernel(
     grid="b*cdiv(d, C)",
-    C=lambda dims: max(1, min(512 // _tokens(dims), 8)),
+    flops="b*k*d*l*(7*s + 3)",
+    C=_channels,
     BL=_tokens,
-    T=8,
-    W=lambda dims: block(dims["k"] * dims["s"], 1),
+    T=lambda dims: max(1, min(256 // (_channels(dims) * _states(dims)), 8)),  # two registers
+    W=_states,
     WAYS=lambda dims: sum(way << place for place, way in enumerate(dims["directions"])),
 )
 def kernel(
@@ -200,6 +211,11 @@ op.cases = [
     dict(b=1, j=1, k=4, d=5, s=3, l=10, directions=[0, 1, 0, 1], delta_softplus=0),
     dict(b=1, j=2, k=2, d=3, s=16, l=20, directions=[0, 1], delta_softplus=1),
     dict(b=1, j=1, k=2, d=2, s=1, l=1030, directions=[0, 1], delta_softplus=1),
+]
+# MobileMamba T2, S6, B2 and B4, whose last stages see 9 to 1024 pixels.
+op.shapes = [
+    dict(b=1, j=1, k=2, d=d, s=1, l=tokens, directions=[0, 1], delta_softplus=1)
+    for d, tokens in ((224, 144), (448, 9), (320, 196), (544, 49), (544, 16), (320, 576), (320, 1024), (512, 256))
 ]
 op.wide = True  # a sum of products of three inputs
 op.ranges = {

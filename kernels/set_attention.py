@@ -1,10 +1,14 @@
 """Set attention (DSVT): voxels attend to one another inside sets of equal size, listed by index."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
 from edgeattn.errors import UsageError
+from edgeattn.kernels._attention import absorb, begin, load_rows, store_rows
 from edgeattn.kernels._statements import Statements
+from edgeattn.kernels._triton import block, jit, tl
 from edgeattn.kernels._windows import widened
 from edgeattn.op import Op
 
@@ -110,6 +114,68 @@ def _mask(text: Statements, slots: int) -> str:
     return text.add("Unsqueeze", mask, text.const([1, 2]))
 
 
+@op.kernel(
+    grid="s*num_heads*cdiv(t, BN)",
+    flops="2*s*num_heads*t*t*(D+E)",
+    D=lambda values: values["c"] // values["num_heads"],
+    E=lambda values: values["e"] // values["num_heads"],
+    BN=lambda values: min(64, block(values["t"])),
+    BM=lambda values: min(128 // values["itemsize"], block(values["t"])),  # no spills on any target
+    BD=lambda values: block(values["c"] // values["num_heads"]),
+    BE=lambda values: block(values["e"] // values["num_heads"]),
+)
+def kernel(
+    q,
+    k,
+    v,
+    inds,
+    slot,
+    out,
+    num_heads: tl.constexpr,
+    scale: tl.constexpr,
+    t: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """One program takes BN places of one set and one head; the gather is in its loads, and repeats are not loaded.
+
+    A row is written from the place that `slot` names, so by one program, also where several unused sets list the same
+    spare voxel.
+    """
+    head = tl.program_id(0) % num_heads
+    blocks = tl.cdiv(t, BN)
+    entry = tl.program_id(0) // num_heads % blocks * BN + tl.arange(0, BN)
+    listing = tl.program_id(0) // (num_heads * blocks) * t
+    rows, fresh = _rows(inds + listing, entry, t)
+    owned = fresh & (tl.load(slot + rows, mask=fresh, other=-1) == listing + entry)
+    queries = load_rows(q + head * D, rows, owned, num_heads * D, 1, 0, D, BD)
+    top, total, mixed = begin(BN, BE)
+    for start in range(0, t, BM):
+        others, keep = _rows(inds + listing, start + tl.arange(0, BM), t)
+        keys = load_rows(k + head * D, others, keep, num_heads * D, 1, 0, D, BD)
+        values = load_rows(v + head * E, others, keep, num_heads * E, 1, 0, E, BE)
+        top, total, mixed = absorb(top, total, mixed, queries, keys, values, keep[None, :], scale)
+    store_rows(out + head * E, mixed / total[:, None], rows, owned, num_heads * E, 1, 0, E, BE)
+
+
+@jit
+def _rows(listing, entry, t: tl.constexpr):
+    """Return the voxels at these places of a set, and whether each is there for the first time."""
+    rows = tl.load(listing + entry, mask=entry < t, other=0)
+    before = tl.load(listing + entry - 1, mask=(entry > 0) & (entry < t), other=-1)
+    return rows, (entry < t) & (rows != before)
+
+
+@op.specified
+def specified(q, k, v, inds, slot):
+    """Select the rows of voxels that are in a set."""
+    return inds.flatten()[slot.long()] == torch.arange(len(slot))
+
+
 @op.sample
 def sample(dims, attributes, generator):
     """Put most voxels into sets of random sizes, filled up as the partition does; leave the last set unused."""
@@ -135,4 +201,11 @@ op.cases = [
     dict(n=9, c=6, e=10, s=3, t=5, num_heads=2, scale=0.7),
     dict(n=2, c=8, e=8, s=1, t=90, num_heads=1, scale=8**-0.5),
     dict(n=7, c=4, e=4, s=9, t=1, num_heads=2, scale=1.0),
+    dict(n=130, c=16, e=48, s=3, t=90, num_heads=2, scale=8**-0.5),
+]
+# DSVT on Waymo, pillars and voxels, and on nuScenes: width 192 or 128, sets of a full capacity.
+op.shapes = [
+    dict(n=24_600, c=192, e=192, s=1_156, t=36, num_heads=8, scale=24**-0.5),
+    dict(n=24_600, c=192, e=192, s=1_156, t=48, num_heads=8, scale=24**-0.5),
+    dict(n=24_600, c=128, e=128, s=768, t=90, num_heads=8, scale=0.25),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from edgeattn.kernels._attention import absorb, begin, load_rows, store_rows
 from edgeattn.kernels._triton import block, tl
 from edgeattn.op import Op
 
@@ -34,7 +35,14 @@ def body(dims, attributes, dtype):
     """
 
 
-@op.kernel(grid="b*cdiv(n, BN)", BN=32, BM=32, BD=lambda dims: block(dims["d"]), BE=lambda dims: block(dims["e"]))
+@op.kernel(
+    grid="b*cdiv(n, BN)*cdiv(e, BE)",
+    flops="2*b*n*m*(d+e)",
+    BN=32,
+    BM=64,
+    BD=lambda dims: block(dims["d"]),
+    BE=32,
+)
 def kernel(
     q,
     k,
@@ -50,44 +58,32 @@ def kernel(
     BD: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """One program takes BN queries of one image and streams its keys in blocks of BM (online softmax)."""
+    """One program takes BN queries and BE channels of the values of one image, and streams its keys in blocks of BM.
+
+    The values are several times as wide as the keys: scores computed anew for each BE cost little.
+    """
+    parts = tl.cdiv(e, BE)
     blocks = tl.cdiv(n, BN)
-    item = tl.program_id(0) // blocks
-    rows = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-    widths = tl.arange(0, BD)
-    values = tl.arange(0, BE)
-    queries = tl.load(
-        q + (item * d + widths[:, None]) * n + rows[None, :],
-        mask=(widths[:, None] < d) & (rows[None, :] < n),
-        other=0.0,
-    )  # [BD, BN]
-    top = tl.full([BN], float("-inf"), tl.float32)
-    total = tl.zeros([BN], tl.float32)
-    mixed = tl.zeros([BN, BE], tl.float32)
+    first = tl.program_id(0) % parts * BE
+    rows = tl.program_id(0) // parts % blocks * BN + tl.arange(0, BN)
+    item = tl.program_id(0) // (parts * blocks)
+    queries = load_rows(q + item * d * n, rows, rows < n, 1, n, 0, d, BD)
+    top, total, mixed = begin(BN, BE)
     for start in range(0, m, BM):
         columns = start + tl.arange(0, BM)
-        inside = columns[None, :] < m
-        keys = tl.load(
-            k + (item * d + widths[:, None]) * m + columns[None, :], mask=(widths[:, None] < d) & inside, other=0.0
-        )
-        # ieee: TF32 would cost float32 callers three digits, and these products are small.
-        logits = tl.dot(tl.trans(queries), keys, input_precision="ieee") * scale
-        logits = tl.where(inside, logits, float("-inf"))
-        peak = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp(logits - peak[:, None])
-        rescale = tl.exp(top - peak)
-        total = total * rescale + tl.sum(weights, 1)
-        content = tl.load(
-            v + (item * e + values[:, None]) * m + columns[None, :], mask=(values[:, None] < e) & inside, other=0.0
-        )
-        mixed = mixed * rescale[:, None] + tl.dot(weights.to(content.dtype), tl.trans(content), input_precision="ieee")
-        top = peak
-    result = mixed / total[:, None]
-    place = out + (item * e + values[None, :]) * n + rows[:, None]
-    tl.store(place, result.to(out.dtype.element_ty), mask=(values[None, :] < e) & (rows[:, None] < n))
+        inside = columns < m
+        keys = load_rows(k + item * d * m, columns, inside, 1, m, 0, d, BD)
+        values = load_rows(v + item * e * m, columns, inside, 1, m, first, e, BE)
+        top, total, mixed = absorb(top, total, mixed, queries, keys, values, inside[None, :], scale)
+    store_rows(out + item * e * n, mixed / total[:, None], rows, rows < n, 1, n, first, e, BE)
 
 
 op.cases = [
     dict(b=2, d=16, n=49, m=49, e=48, scale=0.25),
     dict(b=1, d=16, n=17, m=33, e=68, scale=0.25),
+]
+# SHViT S1, S3 and S4, both stages with attention.
+op.shapes = [
+    dict(b=1, d=16, n=tokens, m=tokens, e=width, scale=16**-0.5)
+    for tokens, width in ((49, 48), (16, 68), (49, 75), (64, 72), (16, 96))
 ]

@@ -58,18 +58,20 @@ def _cells(h, w, i, j):
 
 @op.kernel(
     grid="cdiv(b*c, C)*cdiv(h*w, BP)",
+    flops="b*c*(h*w + 3*i*j)",
     C=lambda dims: 1024 // area(dims["h"], dims["w"]),
     BP=lambda dims: area(dims["h"], dims["w"]),
 )
 def kernel(x, g, b, c, h, w, i, j, out, C: tl.constexpr, BP: tl.constexpr):
     """One program takes BP places of x in C channels, which share its divisions; the places of a cell share a gate."""
     blocks = tl.cdiv(h * w, BP)
-    planes = (tl.program_id(0) // blocks).to(tl.int64) * C + tl.arange(0, C)[:, None]
-    place = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)[None, :]
+    lanes = tl.arange(0, C * BP)  # one axis: lanes lie along the places, whose divisions C channels share
+    plane = (tl.program_id(0) // blocks).to(tl.int64) * C + lanes // BP
+    place = (tl.program_id(0) % blocks) * BP + lanes % BP
     cell = (place // w) * i // h * j + (place % w) * j // w
-    inside = (planes < b * c) & (place < h * w)
-    gate = tl.load(g + planes * i * j + cell, mask=inside, other=0.0).to(tl.float32)
-    at = planes * h * w + place
+    inside = (plane < b * c) & (place < h * w)
+    gate = tl.load(g + plane * i * j + cell, mask=inside, other=0.0).to(tl.float32)
+    at = plane * h * w + place
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / (1.0 + tl.exp(-gate))
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
@@ -80,4 +82,9 @@ op.cases = [
     dict(b=1, c=6, h=9, w=14, i=4, j=7),
     dict(b=1, c=6, h=21, w=25, i=10, j=12),
     dict(b=3, c=5, h=3, w=8, i=1, j=4),
+]
+# GhostNetV2 1.0.
+op.shapes = [
+    dict(b=1, c=channels, h=size, w=size, i=size // 2, j=size // 2)
+    for channels, size in ((72, 56), (240, 28), (672, 14), (960, 7))
 ]

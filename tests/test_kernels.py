@@ -5,11 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgeattn.aot import compile_kernel, grid_of, resolve_constants, strip_hidden_parameters
+from edgeattn.aot import compile_kernel, grid_of, resolve_constants, strip_hidden_parameters, work_of
 from edgeattn.errors import BuildError, UnsupportedError
 from edgeattn.op import OPS
 from edgeattn.target import TARGETS, get_target
@@ -22,11 +23,23 @@ each_case = pytest.mark.parametrize(
     ("op", "case"), CASES, ids=[f"{op.name}-{i}" for op in WITH_KERNEL for i, _ in enumerate(op.cases)]
 )
 each_op = pytest.mark.parametrize("op", WITH_KERNEL, ids=[op.name for op in WITH_KERNEL])
+
+
+def specialisations(op):
+    """Return the model shapes, the first case for want of them, that differ in a constant of the kernel."""
+    shapes = op.shapes or op.cases[:1]
+    return list({str(resolve_constants(op.triton, case)): case for case in shapes}.values())
+
+
+SHAPES = [(op, case) for op in WITH_KERNEL for case in specialisations(op)]
+each_shape = pytest.mark.parametrize(
+    ("op", "case"), SHAPES, ids=[f"{op.name}-{i}" for op in WITH_KERNEL for i, _ in enumerate(specialisations(op))]
+)
 boards = pytest.mark.parametrize("board", ["orin", "thor"])
 
 
-def compiled(op, board, dtype="float16"):
-    dims, attributes = op.split_case(op.cases[0])
+def compiled(op, board, dtype="float16", case=None):
+    dims, attributes = op.split_case(case or (op.shapes or op.cases)[0])
     return compile_kernel(op, dims, attributes, dtype, get_target(board))
 
 
@@ -63,6 +76,62 @@ def test_interpreter_check_can_fail():
     assert "AssertionError" in done.stderr
 
 
+# Small tiles, so that a short sequence has as many as a long one would.
+SPANS = """
+import dataclasses, torch
+from edgeattn.op import OPS
+from edgeattn.testing import check_kernel
+op = OPS.get("selective_scan")
+op.triton = dataclasses.replace(op.triton, constants={**op.triton.constants, "BL": 16, "C": 2, "T": 2})
+for k, s, l in ((2, 1, 100), (3, 3, 49)):  # 7 and 4 tiles in 2 spans
+    case = dict(b=1, j=1, k=k, d=3, s=s, l=l, directions=[1, 0, 1][:k], delta_softplus=1)
+    check_kernel(op, case, torch.float32)
+"""
+
+
+def test_scan_over_several_tiles():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SPANS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+TWICE = """
+from __future__ import annotations
+import torch
+import triton.language as tl
+from edgeattn.op import Op
+from edgeattn.testing import check_kernel
+
+op = Op("test_twice", "(x[n]) -> (y[n])")
+
+
+@op.reference
+def reference(x):
+    return x.clone()
+
+
+@op.kernel(grid="2")
+def kernel(x, y, n: tl.constexpr):
+    places = tl.arange(0, 16)
+    tl.store(y + places, tl.load(x + places), mask=places < n)
+
+
+check_kernel(op, {"n": 16}, torch.float32)
+"""
+
+
+def test_interpreter_check_sees_an_element_written_twice(tmp_path):
+    script = tmp_path / "twice.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    errors = {}
+    for grid in ("1", "2"):
+        script.write_text(TWICE.replace('grid="2"', f'grid="{grid}"'))
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+        errors[grid] = done.stderr
+    assert errors["1"] == ""
+    assert "test_twice: writes an element twice" in errors["2"]
+
+
 @each_op
 @boards
 @pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16"])
@@ -72,6 +141,7 @@ def test_compiles_for_the_board(op, board, dtype):
     assert f".version {target.ptx // 10}.{target.ptx % 10}" in pack.ptx
     assert f".target sm_{target.kernel_sm}" in pack.ptx
     assert pack.shared <= 48 * 1024
+    assert pack.spills == 0
     wanted = [tensor.name for tensor in op.signature.inputs] + list(pack.integers)
     assert list(pack.arguments) == wanted + [tensor.name for tensor in op.signature.outputs]
     declared = re.search(r"\.entry \w+\((.*?)\n\)", pack.ptx, re.DOTALL)[1]
@@ -84,6 +154,49 @@ def test_compiles_for_every_target(op, name):
     pack = compiled(op, name)
     assert pack.cubin[:4] == b"\x7fELF"
     assert pack.sm == get_target(name).kernel_sm
+
+
+@each_shape
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_fits_at_model_shapes(op, case, dtype):
+    pack = compiled(op, "orin", dtype, case)
+    assert pack.spills == 0
+    assert 0 < pack.registers <= 255
+    assert pack.shared <= 48 * 1024
+
+
+@pytest.mark.slow
+@each_shape
+@pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16"])
+def test_fits_at_model_shapes_on_every_target(op, case, dtype):
+    packs = [compiled(op, target.name, dtype, case) for target in TARGETS.values() if target.sm]
+    assert {pack.target: pack.spills for pack in packs if pack.spills} == {}
+
+
+def test_spills_are_counted():
+    op = OPS.get("single_head_attention")
+    good = op.triton
+    try:
+        op.triton = replace(good, num_warps=1, constants={**good.constants, "BN": 64, "BE": 64})
+        pack = compiled(op, "orin")
+    finally:
+        op.triton = good
+    assert pack.spills > 0
+    assert pack.to_record()["spills"] == pack.spills
+
+
+def test_work_of_a_launch():
+    op = OPS.get("single_head_attention")
+    case = dict(b=3, d=16, n=49, m=40, e=48, scale=0.25)
+    elements = 3 * (16 * 49 + 16 * 40 + 48 * 40 + 48 * 49)
+    assert work_of(op, case, "float16") == (2 * elements, 2 * 3 * 49 * 40 * (16 + 48))
+    assert work_of(op, case, "float")[0] == 4 * elements
+
+
+@each_shape
+def test_work_is_counted_where_models_use_the_op(op, case):
+    moved, _ = work_of(op, case, "float16")
+    assert moved > 0
 
 
 @each_op
