@@ -494,11 +494,11 @@ def test_junit_has_one_case_per_gate(make, tmp_path):
 
 
 def test_bench_measures_latency_alone(make):
-    report = bench(make(), **{**QUICK, "duration": 0.2})
+    report = bench(make(), **{**QUICK, "duration": 1})
     assert (report["verdict"], report["data"]["samples"], report["gates"]) == ("pass", 0, [])
     check_schema(report, "bench")
     assert report.path.name == "bench-0001.json"
-    assert report["command"][3:] == ["--threads", "2", "--no-require-stable", "--duration", "0.2s"]
+    assert report["command"][3:] == ["--threads", "2", "--no-require-stable", "--duration", "1s"]
     assert {result["backend"] for result in report["results"]} == {"torch", "ort"}
     assert min(result["n"] for result in report["results"]) >= 200
 
