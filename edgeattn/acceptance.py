@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +114,20 @@ def _own_error(
     if job.precision != "fp16":
         return None, 1.0
     source, count = job.source, GOLDEN_SAMPLES if job.source.detector else 1
-    halves = [_half(source, feed) for feed in feeds[:count]]
+    run = _half(source)
+    halves = [run(feed) for feed in feeds[:count]]
     own = [_compare(source, half, want) for half, want in zip(halves, expected, strict=False) if half is not None]
     worst = max((error for error, _ in own), default=float("inf"))
     # Where PyTorch itself overflows or has no such operator only the floor is left.
     return worst if np.isfinite(worst) else None, min((share for _, share in own), default=1.0)
 
 
-def _half(source: Source, feeds: dict[str, Array]) -> list[Array] | None:
-    """Return what PyTorch itself gives in float16, if it can."""
+def _half(source: Source) -> Callable[[dict[str, Array]], list[Array] | None]:
+    """Return what runs PyTorch itself in float16, as far as it can."""
     if source.detector is None:
-        return run_half(source.module, feeds)
+        return functools.partial(run_half, source.module)
     assert source.model is not None
-    return run_torch(StoredAs(source.module, torch.float16, source.model.keep_fp32), feeds)
+    return functools.partial(run_torch, StoredAs(source.module, torch.float16, source.model.keep_fp32))
 
 
 def _compare(source: Source, found: Sequence[Array], expected: Sequence[Array]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeattn.errors import UsageError
+from edgeattn.listing import list_files
 from edgeattn.seeding import uniform
 
 Points = NDArray[np.float32]
@@ -112,16 +112,10 @@ def check_points(points: Any, columns: int = 5, name: str = "points") -> Points:
 
 def list_clouds(folder: str | Path) -> list[Path]:
     """Return the point clouds in `folder` and its subfolders, sorted by path, no hidden ones. Raises EA0140."""
-    root, found = Path(folder), []
+    root = Path(folder)
     if not root.is_dir():
         raise UsageError("EA0140", f"{root}: no such folder")
-    for place, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        clouds = (name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
-        found += [Path(place, name) for name in clouds]
-    if not found:
-        raise UsageError("EA0140", f"{root}: no point clouds in it", hints=[f"known: {' '.join(SUFFIXES)}"])
-    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+    return list_files(root, SUFFIXES, "point clouds")
 
 
 def seeded_cloud(seed: int | str, count: int, spec: VoxelSpec) -> Points:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from edgeattn.clouds import list_clouds, load_cloud
 from edgeattn.detection import cloud_input
 from edgeattn.errors import UsageError
 from edgeattn.image import SUFFIXES, load_image
+from edgeattn.listing import list_files
 from edgeattn.npz import Sample, open_npz
 from edgeattn.seeding import noise
 from edgeattn.tensors import Dim, TensorSpec
@@ -135,7 +135,7 @@ def _images(path: Path, inputs: Sequence[TensorSpec], limit: int | None) -> Data
     """Return samples of one image, or of as many as the batch of the input has."""
     spec, preprocess = _image_input(inputs)
     batch, _, height, width = spec.shape()
-    files = _list_images(path) if path.is_dir() else [path]
+    files = list_files(path, SUFFIXES, "images") if path.is_dir() else [path]
     count = min(limit or len(files), -(-len(files) // batch))
     chosen = _spread(files, count * batch)
     root = path if path.is_dir() else path.parent
@@ -164,7 +164,7 @@ def _clouds(path: Path, spec: TensorSpec, limit: int | None) -> Data:
             name = file.relative_to(root).as_posix()
             feeds, points = detection.pack(load_cloud(file, columns), spec)
             if points > most:
-                lost[name] = f"points: {points} found, {most} fit, {points - most} lost"
+                lost[name] = detection.loss("points", points, most)
             yield name, feeds
 
     return Data(f"{count} of {len(files)} point clouds in {path.name}", count, samples, lost=lost)
@@ -177,18 +177,6 @@ def _image_input(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, Mapping[str,
     names = ", ".join(spec.name for spec in inputs)
     hint = f"give an .npz file with {names}, samples along the first axis"
     raise UsageError("EA0143", f"this model takes no image file (inputs: {names})", hints=[hint])
-
-
-def _list_images(folder: Path) -> list[Path]:
-    """Return the images in `folder` and its subfolders, sorted by path; hidden entries are passed over."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
-        found += [Path(place, name) for name in images]
-    if not found:
-        raise UsageError("EA0140", f"{folder}: no images in it", hints=[f"known: {' '.join(sorted(SUFFIXES))}"])
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _spread(files: Sequence[Path], count: int) -> list[Path]:

@@ -25,7 +25,10 @@ _SAME = 0.1
 
 @dataclass(frozen=True)
 class Detector:
-    """The `detector` entry of a manifest: class names, the rule of suppression, and the stages that are compared."""
+    """What makes detections of the candidates: class names, and the non-maximum suppression that runs on the host.
+
+    `nms` is a key of `SUPPRESSION`; `stages` are submodules whose outputs validation compares one by one.
+    """
 
     classes: tuple[str, ...]
     nms: str
@@ -45,7 +48,12 @@ def losses(points: int, counts: Sequence[int], spec: TensorSpec) -> list[str]:
     names += [f"sets of stage {number}, shift {shift}" for number in range(len(sets)) for shift in range(2)]
     limits = [*voxels, *(most for pair in sets for most in pair)]
     needs = [("points", points, spec.shape()[0]), *zip(names, map(int, counts), limits, strict=True)]
-    return [f"{name}: {found} found, {most} fit, {found - most} lost" for name, found, most in needs if found > most]
+    return [loss(name, found, most) for name, found, most in needs if found > most]
+
+
+def loss(name: str, found: int, most: int) -> str:
+    """Say how much of what was found did not fit."""
+    return f"{name}: {found} found, {most} fit, {found - most} lost"
 
 
 def cloud_input(inputs: Sequence[TensorSpec]) -> TensorSpec | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgeattn.clouds import VoxelSpec
+from edgeattn.detection import Detector
 from edgeattn.registry import Registry
 
 if TYPE_CHECKING:
@@ -57,18 +58,6 @@ class Capacity:
     points: int
     voxels: tuple[int, ...]
     sets: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Detector:
-    """What makes detections of the candidates: class names, and the non-maximum suppression that runs on the host.
-
-    `nms` names a rule of `edgeattn.detection`; `stages` are submodules whose outputs validation compares one by one.
-    """
-
-    classes: tuple[str, ...]
-    nms: str
-    stages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

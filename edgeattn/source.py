@@ -49,10 +49,7 @@ class Source:
     @property
     def detector(self) -> Detector | None:
         """Return the `detector` entry of the manifest, for a model that finds boxes."""
-        if self.model is None or self.model.detector is None:
-            return None
-        kind = self.model.detector
-        return Detector(kind.classes, kind.nms, kind.stages)
+        return self.model.detector if self.model else None
 
     def in_one_order(self, found: Sequence[Array], expected: Sequence[Array]) -> tuple[list[Array], list[Array], float]:
         """Return both results with a detector's candidates paired, and the share that both have; else as they are."""

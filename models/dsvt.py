@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from edgeattn import clouds
+from edgeattn.detection import Detector
 from edgeattn.errors import UsageError
 from edgeattn.kernels import bev_scatter, voxelize
 from edgeattn.kernels._voxels import voxels_of
-from edgeattn.model import Capacity, Checkpoint, Cloud, Detector, InputSpec, Model, register
+from edgeattn.model import Capacity, Checkpoint, Cloud, InputSpec, Model, register
 from edgeattn.models._bev import Backbone2d, CenterHead
 from edgeattn.models._dsvt_blocks import Backbone3d, PointEncoder, Stage, pillar_stages, voxel_stages
 from edgeattn.models._layers import fold

@@ -13,8 +13,6 @@ voxels in 1000 and 700 sets of 36).
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +23,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from bench_export import THREADS, count_nodes, interleave, scaled_error, session_options
+from bench_export import THREADS, count_nodes, interleave, record, scaled_error, session_options
 from golden import fill
 from torch import nn
 
@@ -38,7 +36,6 @@ from edgeattn.models._dsvt_blocks import Backbone3d, pillar_stages
 GOALS = {6000: (1.3, 2.0), 20000: (1.2, 2.0)}
 # Share of occupied cells, so that sets are about as full as in the authors' profile.
 DENSITY = 0.145
-RESULTS = Path(__file__).parent / "results"
 STAGES = pillar_stages(side=468, window=12, grown=24, set_size=36)
 
 
@@ -181,16 +178,12 @@ def line(row: dict[str, Any]) -> str:
 
 
 def save(rows: list[dict[str, Any]]) -> None:
-    """Write the raw figures with the machine and versions, and the table."""
-    RESULTS.mkdir(exist_ok=True)
-    versions = {package.__name__: package.__version__ for package in (torch, onnx, onnxruntime, np)}
-    state = {"machine": platform.machine(), "threads": THREADS, "versions": versions, "rows": rows}
-    (RESULTS / "bench_dsvt.json").write_text(json.dumps(state, indent=1) + "\n")
+    """Write the raw figures and the table."""
     head = (
         "| voxels | sets | torch eager, ms | dynamo, ms | TorchScript, ms | ours, ms | best stock / ours "
         "| torch / ours | largest error |"
     )
-    (RESULTS / "bench_dsvt.md").write_text("\n".join([head, "|---" * 9 + "|", *map(line, rows)]) + "\n")
+    record("bench_dsvt", "\n".join([head, "|---" * 9 + "|", *map(line, rows)]), threads=THREADS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ Medians of interleaved turns, float32.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from bench_export import interleave, scaled_error
+from bench_export import interleave, record, scaled_error
 from golden import fill
 from torch import Tensor, nn
 
@@ -39,7 +36,6 @@ from edgeattn.models.dsvt import CONFIGS, DSVT, Config
 # dynamic partition / ours, authors' partition / ours, plain export / ours, at least
 GOALS = (3.0, 3.0, 8.0)
 POINTS, VOXELS, SETS = 65_536, 20_000, (1_500, 900)
-RESULTS = Path(__file__).parent / "results"
 
 
 class Partition(nn.Module):
@@ -128,11 +124,7 @@ def main() -> None:
     )
     print(table)
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        versions = {package.__name__: package.__version__ for package in (torch, onnxruntime, np)}
-        state = {"machine": platform.machine(), "threads": 1, "points": options.points, "versions": versions}
-        (RESULTS / "bench_dsvt_front.json").write_text(json.dumps({**state, "rows": rows}, indent=1) + "\n")
-        (RESULTS / "bench_dsvt_front.md").write_text(table + "\n")
+        record("bench_dsvt_front", table, threads=1, points=options.points, rows=rows)
 
 
 def measure_partition(config: Config, inputs: dict[str, Tensor], cloud: Tensor, rounds: int) -> list[dict[str, Any]]:

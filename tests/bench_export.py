@@ -205,17 +205,22 @@ def line(row: dict[str, Any]) -> str:
 
 
 def save(rows: list[dict[str, Any]]) -> None:
-    """Write the raw figures with the machine and versions, and the table."""
-    RESULTS.mkdir(exist_ok=True)
-    versions = {package.__name__: package.__version__ for package in (torch, onnx, onnxruntime, np)}
-    state = {"machine": platform.machine(), "threads": THREADS, "versions": versions, "rows": rows}
-    (RESULTS / "bench_export.json").write_text(json.dumps(state, indent=1) + "\n")
+    """Write the raw figures and the table."""
     head = (
         "| model | nodes: stock -> ours | ORT: stock / ours | torch eager / ours | OpenVINO on stock / ours "
         "| ours, ms | largest error | export, s | load, s |"
     )
     rule = "|---" * 9 + "|"
-    (RESULTS / "bench_export.md").write_text("\n".join([head, rule, *map(line, rows)]) + "\n")
+    record("bench_export", "\n".join([head, rule, *map(line, rows)]), threads=THREADS, rows=rows)
+
+
+def record(name: str, table: str, **facts: Any) -> None:
+    """Write `facts` with the machine and versions, and the table, to tests/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    versions = {package.__name__: package.__version__ for package in (torch, onnx, onnxruntime, np)}
+    state = {"machine": platform.machine(), "versions": versions, **facts}
+    (RESULTS / f"{name}.json").write_text(json.dumps(state, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(table + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "safe
 
 # Who may import whom: a module imports from earlier rows and from its own.
 LAYERS = (
-    ("errors", "packages", "registry", "expr", "signature", "hashing", "progress", "seeding", "tensors"),
+    ("errors", "packages", "registry", "expr", "signature", "hashing", "progress", "listing", "seeding", "tensors"),
     ("boxes", "clouds", "detection", "rounding"),
     ("op", "model", "target"),
     ("kernels", "models"),
